@@ -1,0 +1,27 @@
+"""Errors that end a command with one sentence: what is wrong, where, and how to fix it."""
+
+
+class NmonnxError(Exception):
+    """Base of every error the user can mend; `exit_code` is what the command line returns."""
+
+    exit_code = 2
+
+
+class UsageError(NmonnxError):
+    """A flag, a pattern, a selector or a recipe asks for something that cannot be."""
+
+
+class InputError(NmonnxError):
+    """A file that was given is not what it should be: not a model, truncated, data missing."""
+
+
+class ModelError(NmonnxError):
+    """A model could not be loaded into ONNX Runtime, or could not be written."""
+
+    exit_code = 3
+
+
+class RunError(NmonnxError):
+    """ONNX Runtime failed while it ran a model."""
+
+    exit_code = 4

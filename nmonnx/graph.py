@@ -1,0 +1,172 @@
+"""`Model`: one ONNX file, opened for editing without its weights.
+
+`load` reads and checks the skeleton and imports it into onnx-graphsurgeon. Passes edit
+`model.graph`; `nmonnx.save` writes it back over the original protobuf, so that nothing that
+graphsurgeon does not carry (metadata, doc strings, types, unused initializers) is lost.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+
+from nmonnx.errors import InputError
+from nmonnx.tensors import TensorReader, all_tensors, byte_size, is_external
+
+DOMAIN = "ai.nmonnx"
+"""Operator domain of the custom ops."""
+
+DOMAIN_VERSION = 1
+
+gs.logger.G_LOGGER.severity = logging.ERROR  # its warnings go to stdout, where the data goes
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """A new initializer that is a stored 2-D weight with its axes swapped, written when the model is saved."""
+
+    name: str
+    source: TensorProto
+
+
+@dataclass(eq=False)
+class Model:
+    """A model that passes may edit.
+
+    proto     the skeleton as it was read; never changed
+    graph     the same as onnx-graphsurgeon graph; what passes edit
+    tensors   reader of the weights, which stay on disk
+    repacked  new initializers made from stored weights, by name
+    functions model-local functions to add
+    metadata  entries to add to the model's metadata_props
+    notes     metadata_props of nodes that passes made or changed, by id(gs node)
+    """
+
+    path: Path
+    proto: ModelProto
+    graph: gs.Graph
+    tensors: TensorReader
+    repacked: dict[str, Transposed] = field(default_factory=dict)
+    functions: list[onnx.FunctionProto] = field(default_factory=list)
+    metadata: dict[str, str] = field(default_factory=dict)
+    notes: dict[int, dict[str, str]] = field(default_factory=dict)
+    origin: dict[int, NodeProto] = field(default_factory=dict)
+
+    @property
+    def opset(self) -> int:
+        """Version of the default operator set."""
+        return next((o.version for o in self.proto.opset_import if o.domain in ("", "ai.onnx")), 1)
+
+    def props_of(self, node: gs.Node) -> dict[str, str]:
+        """metadata_props of a node of the original (dynamo exports name the module here)."""
+        proto = self.origin.get(id(node))
+        return {p.key: p.value for p in getattr(proto, "metadata_props", ())} if proto is not None else {}
+
+    def scopes(self) -> Iterator[tuple[str, gs.Graph]]:
+        """Every graph that holds nodes, with its path: the main graph (""), the If/Loop bodies inside it, and
+        the bodies of model-local functions ("function:NAME")."""
+        yield from _scopes("", self.graph)
+        for function in self.graph.functions:
+            yield from _scopes(f"function:{function.name}", function)
+
+
+def load(path: str | Path) -> Model:
+    """Open a model without its weights. Raises InputError when the file is not a model that ONNX Runtime
+    would take: not ONNX, truncated, invalid, or with external data that is missing or out of bounds."""
+    path = Path(path)
+    proto = read_skeleton(path)
+    reader = TensorReader(path)
+    for tensor in all_tensors(proto):
+        if is_external(tensor):
+            reader.span(tensor)
+        else:
+            byte_size(tensor)
+    try:
+        graph = gs.import_onnx(proto)
+    except Exception as e:
+        raise InputError(f"{path}: the graph cannot be read: {e}") from e
+    model = Model(path, proto, graph, reader)
+    _pair(graph, proto.graph, model.origin)
+    for function, body in zip(graph.functions, proto.functions, strict=True):
+        _pair(function, body, model.origin)
+    return model
+
+
+def read_skeleton(path: Path) -> ModelProto:
+    """Parse the protobuf without external data and check what needs no weights. Raises InputError."""
+    if path.is_dir():
+        inside = sorted(p.name for p in path.glob("*.onnx"))
+        hint = f"; did you mean {path / inside[0]}?" if inside else ""
+        raise InputError(f"{path} is a folder, not an ONNX file{hint}")
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
+    size = path.stat().st_size
+    if size == 0:
+        raise InputError(f"{path} is empty (0 bytes); the export or the download failed, get it again")
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except (DecodeError, ValueError, OSError) as e:
+        raise InputError(
+            f"{path} is not a valid ONNX file, or an incomplete download ({size} bytes): {e}".rstrip(". ")
+        ) from e
+    _check(proto, path)
+    return proto
+
+
+def _check(proto: ModelProto, path: Path) -> None:
+    if not proto.HasField("graph") or not proto.ir_version:
+        raise InputError(f"{path} is not an ONNX model: it has no graph or no IR version")
+    if proto.ir_version > onnx.IR_VERSION:
+        raise InputError(
+            f"{path}: IR version {proto.ir_version}; the installed onnx {onnx.__version__} supports up to"
+            f" {onnx.IR_VERSION}. Upgrade onnx or export with an older IR version"
+        )
+    if not proto.opset_import:
+        raise InputError(f"{path}: opset_import is empty, so its operators have no meaning; export it again")
+    newest = onnx.defs.onnx_opset_version()
+    for opset in proto.opset_import:
+        if opset.domain in ("", "ai.onnx") and opset.version > newest:
+            raise InputError(
+                f"{path}: opset {opset.version}; the installed onnx {onnx.__version__} supports up to {newest}."
+                " Upgrade onnx or export with an older opset"
+            )
+    _check_names(proto.graph, path)
+
+
+def _check_names(graph: GraphProto, path: Path) -> None:
+    names: set[str] = set()
+    made: set[str] = {t.name for t in graph.initializer}
+    for node in graph.node:
+        if node.name and node.name in names:
+            raise InputError(f"{path}: two nodes are named {node.name!r}; ONNX Runtime refuses such a model, rename one")
+        names.add(node.name)
+        for output in filter(None, node.output):
+            if output in made:
+                raise InputError(f"{path}: tensor {output!r} is defined twice (the graph is not SSA); export it again")
+            made.add(output)
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _check_names(attribute.g, path)
+
+
+def _pair(graph: gs.Graph, proto: GraphProto | onnx.FunctionProto, origin: dict[int, NodeProto]) -> None:
+    for node, original in zip(graph.nodes, proto.node, strict=True):
+        origin[id(node)] = original
+        for attribute in original.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _pair(node.attrs[attribute.name], attribute.g, origin)
+
+
+def _scopes(path: str, graph: gs.Graph) -> Iterator[tuple[str, gs.Graph]]:
+    yield path, graph
+    for node in graph.nodes:
+        for name, value in node.attrs.items():
+            if isinstance(value, gs.Graph):
+                yield from _scopes(f"{path}/{node.name or node.outputs[0].name}.{name}".lstrip("/"), value)

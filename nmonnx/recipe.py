@@ -1,0 +1,71 @@
+"""`Recipe`: what a conversion does, immutable, as JSON or YAML, stored in the converted model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nmonnx.errors import InputError, UsageError
+from nmonnx.pattern import Pattern
+
+KERNELS = ("auto", "prune", "fused")
+FALLBACKS = ("function", "none")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """pattern   keep n of every m input channels of each chosen linear layer
+    include   selectors of the layers to prune; empty: every one but lm_head
+    exclude   selectors of layers to leave dense
+    lm_head   prune lm_head too
+    kernel    "auto": prune and multiply in one op where that pays; "fused": wherever it can be done;
+              "prune": prune only, the linear layers stay as they are
+    fallback  "function": embed the ops as model-local functions of stock ops, so that the file runs without
+              the library; "none": do not
+    """
+
+    pattern: Pattern = Pattern(8, 16)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    lm_head: bool = False
+    kernel: str = "auto"
+    fallback: str = "function"
+
+    def __post_init__(self) -> None:
+        if self.kernel not in KERNELS:
+            raise UsageError(f"kernel {self.kernel!r} is not one of {', '.join(KERNELS)}")
+        if self.fallback not in FALLBACKS:
+            raise UsageError(f"fallback {self.fallback!r} is not one of {', '.join(FALLBACKS)}")
+
+    def to_json(self) -> str:
+        return json.dumps({"schema_version": 1, **asdict(self), "pattern": str(self.pattern)})
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], where: str = "recipe") -> Recipe:
+        """Raises UsageError on an unknown key or a wrong value, naming it."""
+        if not isinstance(data, dict):
+            raise UsageError(f"{where}: a recipe is a mapping, for example 'pattern: 8:16'")
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(data) - known - {"schema_version"})
+        if unknown:
+            raise UsageError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
+        values = {k: v for k, v in data.items() if k in known}
+        if "pattern" in values:
+            values["pattern"] = Pattern.parse(str(values["pattern"]))
+        for key in ("include", "exclude"):
+            if key in values:
+                values[key] = (values[key],) if isinstance(values[key], str) else tuple(values[key])
+        return cls(**values)
+
+    @classmethod
+    def read(cls, path: Path) -> Recipe:
+        """Read a recipe from a .yaml or .json file. Raises InputError or UsageError."""
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+            raise InputError(f"recipe {path} cannot be read: {str(e).splitlines()[0]}") from e
+        return cls.from_dict(data or {}, str(path))
