@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
@@ -43,6 +44,7 @@ class Model:
     proto     the skeleton as it was read; never changed
     graph     the same as onnx-graphsurgeon graph; what passes edit
     tensors   reader of the weights, which stay on disk
+    constants new small initializers, by name
     repacked  new initializers made from stored weights, by name
     functions model-local functions to add
     metadata  entries to add to the model's metadata_props
@@ -53,6 +55,7 @@ class Model:
     proto: ModelProto
     graph: gs.Graph
     tensors: TensorReader
+    constants: dict[str, np.ndarray] = field(default_factory=dict)
     repacked: dict[str, Transposed] = field(default_factory=dict)
     functions: list[onnx.FunctionProto] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
@@ -145,7 +148,9 @@ def _check_names(graph: GraphProto, path: Path) -> None:
     made: set[str] = {t.name for t in graph.initializer}
     for node in graph.node:
         if node.name and node.name in names:
-            raise InputError(f"{path}: two nodes are named {node.name!r}; ONNX Runtime refuses such a model, rename one")
+            raise InputError(
+                f"{path}: two nodes are named {node.name!r}; ONNX Runtime refuses such a model, rename one"
+            )
         names.add(node.name)
         for output in filter(None, node.output):
             if output in made:

@@ -14,6 +14,7 @@ from nmonnx.pattern import Pattern
 
 KERNELS = ("auto", "prune", "fused")
 FALLBACKS = ("function", "none")
+DEFAULT_PATTERN = Pattern(8, 16)
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Recipe:
               the library; "none": do not
     """
 
-    pattern: Pattern = Pattern(8, 16)
+    pattern: Pattern = DEFAULT_PATTERN
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     lm_head: bool = False

@@ -22,7 +22,7 @@ from nmonnx.errors import InputError
 
 _FOUR_BITS = {TensorProto.UINT4, TensorProto.INT4, getattr(TensorProto, "FLOAT4E2M1", 23)}
 _TWO_BITS = {25, 26}  # UINT2, INT2: newer than some supported onnx releases
-_RAW_DTYPE = {
+_RAW_DTYPE: dict[int, type] = {
     TensorProto.FLOAT: np.float32,
     TensorProto.FLOAT16: np.float16,
     TensorProto.DOUBLE: np.float64,
@@ -36,7 +36,7 @@ _RAW_DTYPE = {
     TensorProto.UINT64: np.uint64,
     TensorProto.BOOL: np.bool_,
 }
-_ITEM_BITS = {t: np.dtype(d).itemsize * 8 for t, d in _RAW_DTYPE.items()}
+_ITEM_BITS: dict[int, int] = {t: np.dtype(d).itemsize * 8 for t, d in _RAW_DTYPE.items()}
 _ITEM_BITS |= {TensorProto.BFLOAT16: 16, TensorProto.COMPLEX64: 64, TensorProto.COMPLEX128: 128}
 _ITEM_BITS |= dict.fromkeys(_FOUR_BITS, 4) | dict.fromkeys(_TWO_BITS, 2)
 
@@ -114,7 +114,7 @@ class TensorReader:
         if not location:
             raise InputError(f"{where}: external data without a location")
         path = Path(location)
-        if path.is_absolute() or ".." in path.parts or "\\" in location and ".." in location:
+        if path.is_absolute() or ".." in path.parts or "..\\" in location:
             raise InputError(f"{where}: external data location {location!r} leaves the model's folder; refused")
         file = self.folder / path
         real = file.resolve()
@@ -152,7 +152,7 @@ def byte_size(tensor: TensorProto, where: str = "") -> int:
 
 
 def type_name(kind: int) -> str:
-    """"FLOAT16" for 10; the number itself for a type this onnx release does not know."""
+    """ "FLOAT16" for 10; the number itself for a type this onnx release does not know."""
     try:
         return TensorProto.DataType.Name(kind)
     except ValueError:

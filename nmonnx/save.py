@@ -1,0 +1,159 @@
+"""Write a model: weights streamed into one data file, temporary files renamed at the end, the input untouched."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from onnx import TensorProto
+from onnx.external_data_helper import set_external_data
+
+from nmonnx.errors import ModelError, UsageError
+from nmonnx.graph import Model, Transposed
+from nmonnx.tensors import all_tensors, byte_size, is_external
+from nmonnx.weave import weave
+
+INLINE_LIMIT = 1_500_000_000
+"""A model without external data gets some once it grows beyond this many bytes (protobuf ends at 2 GiB)."""
+
+_CHUNK = 16 << 20
+_PAGE, _LINE, _LARGE = 4096, 64, 1 << 20
+
+
+def save(model: Model, out: str | Path, overwrite: bool = False) -> Path:
+    """Write the edited model to `out`, with its weights where they belong:
+
+    1. A model without external data stays one file.
+    2. Written into the folder of the original, it shares the original's data files; repacked weights go to
+       OUT.data. Written anywhere else, every weight is copied to OUT.data, shared ranges once, unused bytes
+       not at all, so that the folder stands alone.
+    3. Offsets are multiples of 64 bytes, of 4096 for tensors of 1 MiB and more.
+
+    Raises UsageError when a file is in the way, ModelError when writing fails (nothing is left behind then).
+    """
+    out = Path(out)
+    data = out.with_name(out.name + ".data")
+    _refuse_clashes(model, out, data, overwrite)
+    proto = weave(model)
+    tensors = list(all_tensors(proto))
+    external = [t for t in tensors if is_external(t)]
+    inside = [t for t in tensors if not is_external(t)]
+    too_big = sum(byte_size(t) for t in inside) > INLINE_LIMIT  # not ByteSize(): protobuf raises beyond 2 GiB
+    moved = [] if _may_share(model, out) else external
+    if too_big:
+        moved = moved + [t for t in inside if _is_large(t)]
+    repacked = [t for t in proto.graph.initializer if t.name in model.repacked]
+    if not external and not too_big:
+        for tensor in repacked:
+            tensor.raw_data = b"".join(_transposed(model, model.repacked[tensor.name]))
+        repacked = []
+    if moved or repacked:
+        with _replacing(out) as f, _replacing(data) as d:
+            _write_data(model, moved, repacked, d, data.name)
+            f.write(proto.SerializeToString())
+    else:
+        with _replacing(out) as f:
+            f.write(proto.SerializeToString())
+    return out
+
+
+def _refuse_clashes(model: Model, out: Path, data: Path, overwrite: bool) -> None:
+    if not out.parent.is_dir():
+        raise UsageError(f"the folder {str(out.parent)!r} does not exist; create it first")
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder; name a file, for example {out / 'sparse.onnx'}")
+    inputs = [model.path, *(model.tensors.span(t)[0] for t in all_tensors(model.proto) if is_external(t))]
+    for file in (out, data):
+        if any(file.exists() and file.samefile(source) for source in inputs):
+            raise UsageError(f"{file} is part of the input model, which is never changed; choose another output")
+        if file.exists() and not overwrite:
+            raise UsageError(f"{file} exists; use --overwrite to replace it, or choose another output")
+
+
+def _may_share(model: Model, out: Path) -> bool:
+    plain = not model.path.is_symlink() and all(
+        not (model.path.parent / _location(t)).is_symlink() for t in all_tensors(model.proto) if is_external(t)
+    )
+    return plain and out.parent.resolve() == model.path.parent.resolve()
+
+
+def _location(tensor: TensorProto) -> str:
+    return next((e.value for e in tensor.external_data if e.key == "location"), "")
+
+
+def _is_large(tensor: TensorProto) -> bool:
+    return tensor.HasField("raw_data") and len(tensor.raw_data) >= _LARGE
+
+
+def _write_data(model: Model, moved: list[TensorProto], repacked: list[TensorProto], file: BinaryIO, name: str) -> None:
+    written: dict[tuple[str, int, int], int] = {}
+    for tensor in moved:
+        size = byte_size(tensor)
+        key = None
+        if is_external(tensor):
+            source, offset, _ = model.tensors.span(tensor)
+            key = (str(source), offset, size)
+        start = written.get(key) if key else None
+        if start is None:
+            start = _pad(file, size)
+            raw = model.tensors.bytes_of(tensor)
+            for at in range(0, size, _CHUNK):
+                file.write(raw[at : at + _CHUNK])
+            if key:
+                written[key] = start
+        _point(tensor, name, start, size)
+    for tensor in repacked:
+        start = _pad(file, byte_size(tensor))
+        for block in _transposed(model, model.repacked[tensor.name]):
+            file.write(block)
+        _point(tensor, name, start, byte_size(tensor))
+
+
+def _pad(file: BinaryIO, size: int) -> int:
+    align = _PAGE if size >= _LARGE else _LINE
+    file.write(b"\0" * (-file.tell() % align))
+    return file.tell()
+
+
+def _point(tensor: TensorProto, location: str, offset: int, length: int) -> None:
+    tensor.raw_data = b""
+    set_external_data(tensor, location, offset, length)
+    tensor.ClearField("raw_data")
+
+
+def _transposed(model: Model, new: Transposed) -> Iterator[bytes]:
+    stored = model.tensors.array(new.source)
+    rows = max(1, _CHUNK // max(1, stored.shape[0] * stored.itemsize))
+    for at in range(0, stored.shape[1], rows):
+        yield np.ascontiguousarray(stored[:, at : at + rows].T).tobytes()
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the block ends well, and leaves nothing behind when it does not."""
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
+    except OSError as e:
+        raise ModelError(f"cannot write {path}: {e.strerror}") from e
+    try:
+        with os.fdopen(handle, "wb") as f:
+            yield f
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException as e:
+        with suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(e, OSError):
+            raise ModelError(f"cannot write {path}: {e.strerror}; nothing was left behind") from e
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
