@@ -1,0 +1,48 @@
+"""Graph passes: the only code that edits graphs.
+
+A pass is a frozen dataclass whose fields are its options, in a file of its own. `pipeline` is the order in which
+`nmonnx convert` runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from nmonnx.graph import Model
+from nmonnx.passes.emit_functions import EmitFunctions
+from nmonnx.passes.fuse_matmul import FuseMatMul
+from nmonnx.passes.insert_prune import InsertPrune
+from nmonnx.passes.result import PassResult
+from nmonnx.passes.stamp import Stamp
+from nmonnx.recipe import Recipe
+from nmonnx.sites import Site, Skipped
+
+__all__ = ["EmitFunctions", "FuseMatMul", "InsertPrune", "Pass", "PassResult", "Stamp", "pipeline", "run"]
+
+
+class Pass(Protocol):
+    """`apply` edits `model.graph` for the chosen sites and says what it did.
+
+    1. It keeps no state between calls, and finds before it edits.
+    2. `PassResult.modified` is true only if something changed; a second run changes nothing.
+    3. What it leaves alone it returns with the reason, by site name.
+    """
+
+    name: str
+
+    def apply(self, model: Model, sites: Sequence[Site]) -> PassResult: ...
+
+
+def pipeline(recipe: Recipe, left: Sequence[Skipped] = ()) -> tuple[Pass, ...]:
+    """What `convert` runs, in order. `left` are the linear layers that stay dense, for the record."""
+    return (
+        InsertPrune(recipe.pattern),
+        FuseMatMul(recipe.kernel),
+        EmitFunctions(recipe.fallback),
+        Stamp(recipe, tuple(left)),
+    )
+
+
+def run(passes: Sequence[Pass], model: Model, sites: Sequence[Site]) -> list[PassResult]:
+    return [p.apply(model, sites) for p in passes]

@@ -1,0 +1,94 @@
+"""Write into the model where it came from and what was done to it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import onnx_graphsurgeon as gs
+
+import nmonnx
+from nmonnx.graph import DOMAIN, Model
+from nmonnx.passes.result import PassResult
+from nmonnx.recipe import Recipe
+from nmonnx.sites import Site, Skipped
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Add to the model's metadata_props:
+
+    1. `nmonnx.version`, `nmonnx.recipe` (JSON) and `nmonnx.source`, the SHA-256 of the original .onnx file;
+    2. `nmonnx.sites`, one JSON object per linear layer found: pruned by which op with which pattern, or left and why;
+    3. `nmonnx.changed`, the weights that are stored in another layout: new name -> {from, how}.
+    """
+
+    recipe: Recipe
+    left: tuple[Skipped, ...] = ()
+    name: str = "stamp"
+
+    def apply(self, model: Model, sites: Sequence[Site]) -> PassResult:
+        nodes = dict(_nodes_by_site(model))
+        records = [_pruned(site, nodes[site.name]) for site in sites if site.name in nodes]
+        records += [_left(skipped) for skipped in self.left if skipped.linear]
+        changed = {t.name: {"from": t.source.name, "how": "transposed"} for t in model.repacked.values()}
+        entries = {
+            "nmonnx.version": nmonnx.__version__,
+            "nmonnx.recipe": self.recipe.to_json(),
+            "nmonnx.source": _sha256(model),
+            "nmonnx.sites": json.dumps(records, ensure_ascii=False),
+            "nmonnx.changed": json.dumps(changed, ensure_ascii=False),
+        }
+        new = {k: v for k, v in entries.items() if model.metadata.get(k) != v}
+        model.metadata.update(new)
+        return PassResult(self.name, len(new))
+
+
+def _nodes_by_site(model: Model) -> Iterator[tuple[str, gs.Node]]:
+    for _, graph in model.scopes():
+        for node in graph.nodes:
+            if node.domain == DOMAIN and id(node) in model.notes:
+                for site in json.loads(model.notes[id(node)]["nmonnx.site"]):
+                    yield site, node
+
+
+def _pruned(site: Site, node: gs.Node) -> dict[str, object]:
+    return {
+        "name": site.name,
+        "op": site.op,
+        "role": site.role,
+        "block": site.block,
+        "k": site.k,
+        "n": site.n,
+        "status": "pruned",
+        "pattern": f"{node.attrs['keep']}:{node.attrs['group']}",
+        "kernel": node.op,
+        "activation": site.activation.name,
+        "output": (node if node.op == "NMMatMul" else site.node).outputs[0].name,
+        "scope": site.scope,
+    }
+
+
+def _left(skipped: Skipped) -> dict[str, object]:
+    return {
+        "name": skipped.name,
+        "op": skipped.op,
+        "role": skipped.role,
+        "block": skipped.block,
+        "k": skipped.k,
+        "n": skipped.n,
+        "status": "left",
+        "reason": skipped.reason,
+        "output": skipped.output,
+        "scope": skipped.scope,
+    }
+
+
+def _sha256(model: Model) -> str:
+    digest = hashlib.sha256()
+    with open(model.path, "rb") as f:
+        while block := f.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
