@@ -1,0 +1,89 @@
+"""What the custom ops mean, in numpy: the yardstick that validation and tests measure against."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def prune(
+    x: np.ndarray,
+    keep: int,
+    group: int,
+    scale: np.ndarray | None = None,
+    shift: np.ndarray | None = None,
+    order: np.ndarray | None = None,
+) -> np.ndarray:
+    """Pruned x - shift, in the shape and type of `x` [..., K] (float16, float32 or float64).
+
+    Of every `group` consecutive channels of the last axis the `keep` with the largest |x - shift| * scale stay,
+    the others become +0. `scale` and `shift` are [K] or [1]; `order` [K] is a permutation along which the groups
+    are cut. Kept values are bit-exact when there is no shift.
+    """
+    mask = keep_mask(x, keep, group, scale, shift, order)
+    z = x if shift is None else _shifted(x, shift).astype(x.dtype)
+    return np.where(mask, z, np.zeros((), x.dtype))
+
+
+def keep_mask(
+    x: np.ndarray,
+    keep: int,
+    group: int,
+    scale: np.ndarray | None = None,
+    shift: np.ndarray | None = None,
+    order: np.ndarray | None = None,
+) -> np.ndarray:
+    """Which elements of `x` [..., K] stay, as booleans in its shape.
+
+    1. NaN ranks above Inf, Inf above the rest; of equal scores the one that comes first in its group stays.
+    2. A channel with scale 0 scores 0, even when it holds Inf.
+    3. The last K mod group channels are a group of their own that keeps min(keep, K mod group).
+    """
+    score = _scores(x, scale, shift)
+    if order is not None:
+        score = score[..., order]
+    channels = score.shape[-1]
+    padding = -channels % group
+    padded = np.pad(score, [(0, 0)] * (score.ndim - 1) + [(0, padding)], constant_values=-np.inf)
+    groups = padded.reshape(*score.shape[:-1], (channels + padding) // group, group)
+    missing = np.isnan(groups)
+    ranked = np.lexsort((-np.where(missing, 0, groups), ~missing), axis=-1)
+    kept = np.zeros(groups.shape, bool)
+    np.put_along_axis(kept, ranked[..., :keep], True, axis=-1)
+    mask = kept.reshape(padded.shape)[..., :channels]
+    if order is None:
+        return mask
+    placed = np.empty_like(mask)
+    placed[..., order] = mask
+    return placed
+
+
+def prune_matmul(
+    x: np.ndarray,
+    weight: np.ndarray,
+    keep: int,
+    group: int,
+    bias: np.ndarray | None = None,
+    scale: np.ndarray | None = None,
+    shift: np.ndarray | None = None,
+    order: np.ndarray | None = None,
+) -> np.ndarray:
+    """prune(x) [..., K] @ weight [K, N] + bias [N] as float64 [..., N]."""
+    y = prune(x, keep, group, scale, shift, order).astype(np.float64) @ weight.astype(np.float64)
+    return y if bias is None else y + bias
+
+
+def _scores(x: np.ndarray, scale: np.ndarray | None, shift: np.ndarray | None) -> np.ndarray:
+    size = np.abs(_shifted(x, shift))
+    if scale is None:
+        return size
+    with np.errstate(invalid="ignore", over="ignore"):
+        scaled = size * scale.astype(size.dtype)
+    return np.where((scale == 0) & ~np.isnan(size), 0, scaled)
+
+
+def _shifted(x: np.ndarray, shift: np.ndarray | None) -> np.ndarray:
+    wide = x.astype(np.float32) if x.dtype == np.float16 else x
+    if shift is None:
+        return wide
+    with np.errstate(invalid="ignore", over="ignore"):
+        return wide - shift.astype(wide.dtype)
