@@ -1,0 +1,81 @@
+"""What the JSON files beside a model say about it: head size, vocabulary, context, end tokens."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nmonnx.errors import InputError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Facts that a graph may not tell; None when no file says so.
+
+    head_size  channels of one attention head
+    kv_heads   key/value heads
+    hidden     width of the residual stream
+    vocab      number of token ids
+    context    most tokens the model was made for
+    window     tokens that sliding-window layers keep; their cache must hold at least so many
+    eos        token ids that end a text
+    """
+
+    head_size: int | None = None
+    kv_heads: int | None = None
+    hidden: int | None = None
+    vocab: int | None = None
+    context: int | None = None
+    window: int | None = None
+    eos: tuple[int, ...] = ()
+
+
+def read_config(model_path: Path | None) -> ModelConfig:
+    """The facts from genai_config.json, config.json and generation_config.json in the model's folder, the first
+    that knows winning. Raises InputError when one of them is not a JSON object."""
+    if model_path is None:
+        return ModelConfig()
+    folder = model_path.parent
+    genai = _read(folder / "genai_config.json").get("model", {})
+    config = _read(folder / "config.json")
+    generation = _read(folder / "generation_config.json")
+    decoder = genai.get("decoder", {})
+    text = config.get("text_config") or config
+    heads = text.get("num_attention_heads") or text.get("n_head")
+    hidden = _int(decoder.get("hidden_size") or text.get("hidden_size") or text.get("n_embd"))
+    return ModelConfig(
+        head_size=_int(decoder.get("head_size") or text.get("head_dim") or (hidden and heads and hidden // heads)),
+        kv_heads=_int(decoder.get("num_key_value_heads") or text.get("num_key_value_heads") or heads),
+        hidden=hidden,
+        vocab=_int(genai.get("vocab_size") or text.get("vocab_size")),
+        context=_int(genai.get("context_length") or text.get("max_position_embeddings") or text.get("n_positions")),
+        window=_int(decoder.get("sliding_window", {}).get("window_size")),
+        eos=_ids(genai.get("eos_token_id"), generation.get("eos_token_id"), config.get("eos_token_id")),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as e:
+        raise InputError(f"{path} is not valid JSON ({e}); mend it or take it away") from e
+    if not isinstance(content, dict):
+        raise InputError(f"{path} does not hold a JSON object; mend it or take it away")
+    return content
+
+
+def _int(value: object) -> int | None:
+    return int(value) if isinstance(value, (int, float)) and value > 0 else None
+
+
+def _ids(*sources: object) -> tuple[int, ...]:
+    for source in sources:
+        if isinstance(source, int):
+            return (source,)
+        if isinstance(source, list) and source:
+            return tuple(int(i) for i in source)
+    return ()
