@@ -48,25 +48,30 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str = "recipe") -> Recipe:
         """Raises UsageError on an unknown key or a wrong value, naming it."""
-        if not isinstance(data, dict):
-            raise UsageError(f"{where}: a recipe is a mapping, for example 'pattern: 8:16'")
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(data) - known - {"schema_version"})
         if unknown:
             raise UsageError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
         values = {k: v for k, v in data.items() if k in known}
         if "pattern" in values:
-            values["pattern"] = Pattern.parse(str(values["pattern"]))
+            values["pattern"] = Pattern.parse(_pattern_text(values["pattern"]))
         for key in ("include", "exclude"):
             if key in values:
                 values[key] = (values[key],) if isinstance(values[key], str) else tuple(values[key])
         return cls(**values)
 
     @classmethod
-    def read(cls, path: Path) -> Recipe:
-        """Read a recipe from a .yaml or .json file. Raises InputError or UsageError."""
+    def read(cls, path: Path, flags: dict[str, Any] | None = None) -> Recipe:
+        """Read a recipe from a .yaml or .json file; `flags` win over it. Raises InputError or UsageError."""
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
             raise InputError(f"recipe {path} cannot be read: {str(e).splitlines()[0]}") from e
-        return cls.from_dict(data or {}, str(path))
+        if data is not None and not isinstance(data, dict):
+            raise InputError(f"recipe {path} is not a mapping; write for example 'pattern: 8:16'")
+        return cls.from_dict({**(data or {}), **(flags or {})}, str(path))
+
+
+def _pattern_text(value: object) -> str:
+    # YAML 1.1 reads an unquoted 8:16 as the base-60 number 496
+    return f"{value // 60}:{value % 60}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,68 @@
+"""The command line: `nmonnx COMMAND`. Each command lives in a file of `nmonnx/commands/`.
+
+Exit codes: 0 done; 1 a negative result (a threshold failed, the files differ); 2 a usage or input error; 3 a model
+could not be loaded or written; 4 ONNX Runtime failed while running.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+from rich.console import Console
+
+import nmonnx
+from nmonnx.commands import convert, demo, diff, doctor, generate, inspect, validate
+from nmonnx.errors import NmonnxError
+
+app = typer.Typer(
+    name="nmonnx",
+    help="N:M activation sparsity for LLMs exported to ONNX. N is the number of channels KEPT of every M.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (inspect, convert, validate, diff, generate, doctor, demo):
+    app.command(command.__name__.rpartition(".")[2])(command.command)
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
+    """N:M activation sparsity for LLMs exported to ONNX. N is the number of channels KEPT of every M."""
+    if version:
+        print(nmonnx.__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; every error is one sentence on stderr and an exit code."""
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except NmonnxError as e:
+        if debug:
+            raise
+        errors.print(f"nmonnx: error: {e}", markup=False)
+        sys.exit(e.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except MemoryError:
+        errors.print("nmonnx: error: out of memory", markup=False)
+        sys.exit(4)
+    except Exception as e:
+        if debug:
+            raise
+        words = " ".join(f"{type(e).__name__}: {e}".split())
+        errors.print(f"nmonnx: internal error: {words} (--debug shows where)", markup=False)
+        sys.exit(4)
+
+
+if __name__ == "__main__":
+    main()

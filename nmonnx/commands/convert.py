@@ -1,0 +1,124 @@
+"""`nmonnx convert`: write the sparse model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from nmonnx.commands.options import ModelPath, Quiet, ReportPath, Verbose, tell
+from nmonnx.errors import UsageError
+from nmonnx.report import Report, check_format, table
+
+if TYPE_CHECKING:
+    from nmonnx.convert import Conversion
+
+
+def command(
+    model: ModelPath,
+    pattern: Annotated[
+        Optional[str],  # noqa: UP007, UP045
+        typer.Option("--pattern", "-p", help="N:M, keep N of every M input channels. [default: 8:16]"),
+    ] = None,
+    output: Annotated[
+        Optional[Path],  # noqa: UP007, UP045
+        typer.Option("--output", "-o", help="The file to write. [default: MODEL-8x16.onnx beside the model]"),
+    ] = None,
+    include: Annotated[
+        Optional[list[str]],  # noqa: UP007, UP045
+        typer.Option(help="Only these layers: role (q, down), glob, re:REGEX, op:MatMul, block:0-3. Repeatable."),
+    ] = None,
+    exclude: Annotated[
+        Optional[list[str]],  # noqa: UP007, UP045
+        typer.Option(help="Not these layers; selectors as for --include. Repeatable."),
+    ] = None,
+    lm_head: Annotated[bool, typer.Option("--lm-head", help="Prune the input of lm_head too.")] = False,
+    kernel: Annotated[
+        Optional[str],  # noqa: UP007, UP045
+        typer.Option(help="auto, fused (NMMatMul wherever possible) or prune (NMPrune only). [default: auto]"),
+    ] = None,
+    fallback: Annotated[
+        Optional[str],  # noqa: UP007, UP045
+        typer.Option(help="function (runs without the library too, slower) or none. [default: function]"),
+    ] = None,
+    config: Annotated[
+        Optional[Path],  # noqa: UP007, UP045
+        typer.Option("--config", "-c", help="A recipe in YAML or JSON; flags win over it."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide and report, write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    report: ReportPath = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a copy of MODEL whose linear layers prune their input activations to N:M at run time.
+
+    N is the number KEPT: 4:16 keeps 4 of 16 (Wanda, SparseGPT and llm-compressor count the zeroed ones).
+    """
+    from nmonnx.convert import convert
+    from nmonnx.recipe import Recipe
+
+    check_format(report)
+    flags: dict[str, Any] = {
+        "pattern": pattern,
+        "include": include,
+        "exclude": exclude,
+        "lm_head": lm_head or None,
+        "kernel": kernel,
+        "fallback": fallback,
+    }
+    given = {key: value for key, value in flags.items() if value}
+    recipe = Recipe.read(config, given) if config else Recipe.from_dict(given, "convert")
+    if output is None:
+        output = model.with_name(f"{model.stem}-{str(recipe.pattern).replace(':', 'x')}.onnx")
+    if output.suffix != ".onnx":
+        raise UsageError(f"--output {output}: the name must end in .onnx")
+    done = convert(model, None if dry_run else output, recipe, overwrite)
+    tell(conversion(done, verbose), report, quiet)
+
+
+def conversion(done: Conversion, verbose: bool = False) -> Report:
+    """What was pruned by which op, and what was left and why."""
+    pruned = [r for r in done.records if r["status"] == "pruned"]
+    left = [r for r in done.records if r["status"] == "left"]
+    ops = Counter(r["kernel"] for r in pruned)
+    how = " and ".join(f"{count} by {op}" for op, count in sorted(ops.items()))
+    words = [f"{len(pruned)} of {len(done.records)} linear layers pruned to {done.recipe.pattern}: {how}."]
+    words += [f"Left dense: {_times(n)} {op}: {why}." for (op, why), n in _why_left(left).items()]
+    words += [f"Prune-only: {_times(n)}: {why}." for why, n in _why_not_fused(done).items()]
+    words += [f"Note: {why}." for p in done.passes for where, why in p.left.items() if where == "model"]
+    title = f"wrote {done.out}" if done.out else f"would convert {done.source} (dry run, nothing written)"
+    groups = Counter((r["role"], r["op"], r["k"], r["n"], r["kernel"]) for r in pruned)
+    by_role = table(
+        "Pruned layers",
+        ("role", "layers", "op", "K", "N", "now"),
+        [(role, count, op, k, n, kernel) for (role, op, k, n, kernel), count in groups.items()],
+    )
+    each = table(
+        "Layers",
+        ("layer", "role", "K", "N", "now"),
+        [(r["name"], r["role"], r["k"], r["n"], r.get("kernel") or f"left: {r['reason']}") for r in done.records],
+    )
+    data = {
+        "command": "convert",
+        "output": str(done.out) if done.out else None,
+        "recipe": done.recipe.to_json(),
+        "sites": list(done.records),
+        "passes": [{"name": p.name, "changed": p.changed, "left": p.left} for p in done.passes],
+    }
+    return Report(title, tuple(words), (each if verbose else by_role,), data, (done.source,))
+
+
+def _why_left(left: list[dict[str, Any]]) -> Counter[tuple[str, str]]:
+    return Counter((r["op"], r["reason"]) for r in left)
+
+
+def _why_not_fused(done: Conversion) -> Counter[str]:
+    fuse = next(p for p in done.passes if p.name == "fuse-matmul")
+    return Counter(fuse.left.values())
+
+
+def _times(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"

@@ -1,0 +1,28 @@
+"""Arguments and options that several commands take, and where their output goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+from nmonnx.report import Report, show, write
+
+ModelPath = Annotated[Path, typer.Argument(help="The model, an .onnx file.", show_default=False)]
+ReportPath = Annotated[
+    Optional[Path],  # noqa: UP007, UP045 - typer on Python 3.10 wants it spelled out
+    typer.Option("--report", help="Also write the result as .json, .md or .html.", show_default=False),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="One line for every layer.")]
+Threads = Annotated[int, typer.Option(min=0, help="Intra-op threads; 0: ONNX Runtime decides.")]
+
+
+def tell(report: Report, path: Path | None, quiet: bool = False) -> None:
+    """Show the report on stdout and write it to `path`."""
+    if not quiet:
+        show(report, Console())
+    if path is not None:
+        write(report, path)
