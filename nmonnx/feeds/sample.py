@@ -232,8 +232,11 @@ def _embedding_rows(path: Path | None, tokens: str) -> int | None:
     """Rows of the table that a Gather reads with the tokens."""
     for graph in _graphs(path):
         rows = {t.name: t.dims[0] for t in graph.initializer if len(t.dims) == 2}
+        ids = {tokens}
         for node in graph.node:
-            if node.op_type.startswith("Gather") and node.input[1] == tokens and node.input[0] in rows:
+            if node.op_type in ("Reshape", "Cast", "Identity", "Unsqueeze") and node.input[0] in ids:
+                ids.add(node.output[0])
+            elif node.op_type.startswith("Gather") and node.input[1] in ids and node.input[0] in rows:
                 return rows[node.input[0]]
     return None
 

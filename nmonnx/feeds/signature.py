@@ -33,6 +33,7 @@ DTYPES = {
     "tensor(bool)": np.bool_,
 }
 _PAGED = re.compile(r"block_?table|slot_mapping|cumulative_seq|cu_seq")
+_CARRIED = ("past", "state")
 _NOISE = {"past", "present", "values", "cache", "in", "out", "input", "output", "new", "updated", "next", "prev"}
 
 
@@ -71,7 +72,12 @@ class Signature:
 
     @property
     def has_cache(self) -> bool:
-        return any(p.role in ("past", "state") for p in self.inputs)
+        """Whether tokens of earlier calls reach the graph through inputs."""
+        return bool(self.cache) or any(p.role in _CARRIED for p in self.inputs)
+
+    def without_cache(self) -> Signature:
+        """The same calls, without the inputs that carry the cache."""
+        return replace(self, inputs=tuple(p for p in self.inputs if p.role not in _CARRIED))
 
     @property
     def batch(self) -> int | None:
@@ -181,7 +187,7 @@ def _with_logits(outputs: tuple[Port, ...]) -> tuple[Port, ...]:
 
 def _pair(inputs: tuple[Port, ...], outputs: tuple[Port, ...]) -> tuple[tuple[str, str], ...]:
     """Past -> present by what is left of their names (`key`, `0`), else by order when the counts agree."""
-    past = [p for p in inputs if p.role in ("past", "state")]
+    past = [p for p in inputs if p.role in _CARRIED]
     present = [p for p in outputs if p.role != "logits" and len(p.shape) >= 3]
     by_key = {_key(p.name): p.name for p in present}
     if len(by_key) == len(present) and all(_key(p.name) in by_key for p in past):
