@@ -1,0 +1,21 @@
+"""Find the linear layers of a model and choose those to prune.
+
+    find_sites(model) -> Found       what is there, and why the rest is left alone
+    select(found, ...) -> Selection  what the user's selectors choose
+"""
+
+from nmonnx.sites.find import converted_with, find_sites
+from nmonnx.sites.select import Selection, select
+from nmonnx.sites.site import ROLES, Found, FusableWeight, Site, Skipped
+
+__all__ = [
+    "ROLES",
+    "Found",
+    "FusableWeight",
+    "Selection",
+    "Site",
+    "Skipped",
+    "converted_with",
+    "find_sites",
+    "select",
+]

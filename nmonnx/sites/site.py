@@ -1,0 +1,115 @@
+"""The nouns: a `Site` is a linear layer whose input can be pruned, a `Skipped` is a product that cannot, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from onnx import TensorProto
+
+ROLES = (
+    *("q", "k", "v", "o", "gate", "up", "down"),
+    *("qkv", "gate_up", "lm_head", "router", "experts", "other"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class FusableWeight:
+    """A weight as `NMMatMul` may use it: a stored 2-D constant.
+
+    tensor      the stored tensor: initializer, output of a Constant node, or input of a function body
+    elem        FLOAT or FLOAT16, as stored
+    transposed  stored as [N, K]: to be repacked to [K, N]
+    proto       the stored tensor's values; None when there is not exactly one (a function's input)
+    bias        tensor of shape [N] or [1, N] to add, when the node adds one
+    """
+
+    tensor: gs.Tensor
+    elem: int
+    transposed: bool
+    proto: TensorProto | None
+    bias: gs.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One linear layer with a constant weight.
+
+    name          unique in the model and stable between calls
+    scope, graph  where `node` lies: path ("" for the main graph) and graph or function
+    node          the linear layer itself
+    splice        inputs (consumer node, input index) that shall read the pruned tensor instead of `activation`:
+                  the node's own, or the quantiser's in front of it; `splice_graph` holds those consumers
+    activation    the dense floating-point tensor to prune; its last axis has the `k` channels
+    elem          TensorProto element type of `activation`
+    initializer   name of the stored weight, "" when it has none
+    texts         what selectors are matched against: node, site, module and initializer names
+    fusable       how `NMMatMul` may use the weight; None with the reason in `not_fusable`
+    """
+
+    name: str
+    scope: str
+    graph: gs.Graph
+    node: gs.Node
+    splice: tuple[tuple[gs.Node, int], ...]
+    splice_graph: gs.Graph
+    activation: gs.Tensor
+    op: str
+    k: int
+    n: int
+    elem: int
+    role: str
+    block: int | None
+    initializer: str
+    texts: tuple[str, ...]
+    fusable: FusableWeight | None
+    not_fusable: str
+    read: Callable[[], np.ndarray] = field(repr=False)
+
+    @property
+    def output(self) -> str:
+        """Name of the tensor that the linear layer makes."""
+        return self.node.outputs[0].name
+
+    def weight(self) -> np.ndarray:
+        """The weight as float32 [K, N] (dequantised; experts [E, K, N]), read from disk now.
+
+        Raises InputError when it has no single value (a function body called with several weights) or a
+        storage type that cannot be read.
+        """
+        return self.read()
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A product that is not pruned. `linear`: it is a linear layer with a constant weight, so it counts.
+
+    k, n, role and block are 0, 0, "other" and None where unknown.
+    """
+
+    name: str
+    scope: str
+    op: str
+    reason: str
+    linear: bool
+    output: str
+    k: int = 0
+    n: int = 0
+    role: str = "other"
+    block: int | None = None
+    texts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `find_sites` saw, in the order of the graph."""
+
+    sites: tuple[Site, ...]
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def total(self) -> int:
+        """Linear layers with a constant weight, whether they can be pruned or not."""
+        return len(self.sites) + sum(s.linear for s in self.skipped)
