@@ -26,7 +26,7 @@ DOMAIN = "ai.nmonnx"
 
 DOMAIN_VERSION = 1
 
-gs.logger.G_LOGGER.severity = logging.ERROR  # its warnings go to stdout, where the data goes
+gs.logger.G_LOGGER.severity = logging.CRITICAL  # its warnings go to stdout, where the data goes
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ OLDEST_OPSET = 9
 ATTRIBUTE_OPSET = 13
 SLICE_OPSET = 10
 ALLOW_ZERO_OPSET = 14
+ELEMENTS_OPSET = 11
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,6 @@ def matmul_function(opset: int, pattern: tuple[int, int], tail: bool, bias: bool
 def _prune_body(opset: int, pattern: tuple[int, int], tail: bool, y: str) -> list[str]:
     keep, group = pattern
     named = opset >= ATTRIBUTE_OPSET
-    scatter = "ScatterElements" if opset >= 11 else "Scatter"
     top_k = "TopK <axis = 1> (ranked, keep_n)" if opset >= 10 else f"TopK <axis = 1, k = {keep}> (ranked)"
     zero_ok = "<allowzero = 1> " if opset >= ALLOW_ZERO_OPSET else ""
     return [
@@ -94,8 +94,8 @@ def _prune_body(opset: int, pattern: tuple[int, int], tail: bool, y: str) -> lis
         "last = Sub(rank, one)",
         "channels = Gather <axis = 0> (shape, last)",
         "row_shape = Concat <axis = 0> (rest, channels)",
-        "rows = Reshape(x, row_shape)",
-        "wide = Cast <to = 1> (rows)",
+        "rows_x = Reshape(x, row_shape)",
+        "wide = Cast <to = 1> (rows_x)",
         "size = Abs(wide)",
         # doubles, so that infinity can give way to NaN and still beat every finite number
         "exact = Cast <to = 11> (size)",
@@ -103,23 +103,19 @@ def _prune_body(opset: int, pattern: tuple[int, int], tail: bool, y: str) -> lis
         "nan_score = Constant <value = double[1] {1.5e308}> ()",
         "finite = Min(exact, huge)",
         "is_nan = IsNaN(wide)",
-        f"{'score_rows' if tail else 'score'} = Where(is_nan, nan_score, finite)",
+        "rows_score = Where(is_nan, nan_score, finite)",
+        # a zero of x's own type, whatever x holds
+        "sign = Sign(rows_x)",
+        "rows_zero = Shrink <lambd = 2.0> (sign)",
         *(_pad_rows() if tail else []),
         "group_shape = Concat <axis = 0> (rest, group_n)",
-        "ranked = Reshape(score, group_shape)",
+        f"ranked = Reshape({'padded_score' if tail else 'rows_score'}, group_shape)",
+        f"values = Reshape({'padded_x' if tail else 'rows_x'}, group_shape)",
+        f"zeros = Reshape({'padded_zero' if tail else 'rows_zero'}, group_shape)",
         f"best, index = {top_k}",
-        "ranked_shape = Shape(ranked)",
-        "index_shape = Shape(index)",
-        "none = ConstantOfShape <value = float[1] {0}> (ranked_shape)",
-        "hits = ConstantOfShape <value = float[1] {1}> (index_shape)",
-        f"group_mask = {scatter} <axis = 1> (none, index, hits)",
-        *(_cut_rows() if tail else ["mask_rows = Identity(group_mask)"]),
-        f"mask_shaped = Reshape {zero_ok}(mask_rows, shape)",
-        "mask = Cast <to = 9> (mask_shaped)",
-        # a zero of x's own type, whatever x holds
-        "sign = Sign(x)",
-        "zero = Shrink <lambd = 2.0> (sign)",
-        f"{y} = Where(mask, x, zero)",
+        *(_select() if opset >= ELEMENTS_OPSET else _select_by_mask()),
+        *(_cut_rows() if tail else ["rows_y = Identity(selected)"]),
+        f"{y} = Reshape {zero_ok}(rows_y, shape)",
     ]
 
 
@@ -136,20 +132,44 @@ def _pad_rows() -> list[str]:
         "groups = Div(more, group_n)",
         "padded = Mul(groups, group_n)",
         "missing = Sub(padded, channels)",
-        "score_shape = Shape(score_rows)",
+        "score_shape = Shape(rows_score)",
         "nought = Constant <value = int64[1] {0}> ()",
         "count = Gather <axis = 0> (score_shape, nought)",
         "pad_shape = Concat <axis = 0> (count, missing)",
-        "pad = ConstantOfShape <value = double[1] {-1}> (pad_shape)",
-        "score = Concat <axis = 1> (score_rows, pad)",
+        "pad_score = ConstantOfShape <value = double[1] {-1}> (pad_shape)",
+        "padded_score = Concat <axis = 1> (rows_score, pad_score)",
+        "column = Gather <axis = 1> (rows_zero, nought)",
+        "pad_zero = Expand(column, pad_shape)",
+        "padded_x = Concat <axis = 1> (rows_x, pad_zero)",
+        "padded_zero = Concat <axis = 1> (rows_zero, pad_zero)",
+    ]
+
+
+def _select() -> list[str]:
+    return [
+        "kept = GatherElements <axis = 1> (values, index)",
+        "selected = ScatterElements <axis = 1> (zeros, index, kept)",
+    ]
+
+
+def _select_by_mask() -> list[str]:
+    # ONNX Runtime's Where turns a kept -0 into +0: only for opsets that have nothing better
+    return [
+        "ranked_shape = Shape(ranked)",
+        "index_shape = Shape(index)",
+        "none = ConstantOfShape <value = float[1] {0}> (ranked_shape)",
+        "hits = ConstantOfShape <value = float[1] {1}> (index_shape)",
+        "hit = Scatter <axis = 1> (none, index, hits)",
+        "mask = Cast <to = 9> (hit)",
+        "selected = Where(mask, values, zeros)",
     ]
 
 
 def _cut_rows() -> list[str]:
     return [
         "padded_shape = Concat <axis = 0> (rest, padded)",
-        "mask_padded = Reshape(group_mask, padded_shape)",
-        "mask_rows = Slice(mask_padded, nought, channels, one)",
+        "padded_y = Reshape(selected, padded_shape)",
+        "rows_y = Slice(padded_y, nought, channels, one)",
     ]
 
 

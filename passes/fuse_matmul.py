@@ -10,7 +10,7 @@ from onnx import TensorProto
 
 from nmonnx.graph import DOMAIN, Model, Transposed
 from nmonnx.passes.result import PassResult
-from nmonnx.passes.surgery import Names, note, remove_dead
+from nmonnx.passes.surgery import Names, no_longer_serves, note, remove_dead
 from nmonnx.sites import FusableWeight, Site
 
 CAST_LIKE_OPSET = 15
@@ -108,6 +108,7 @@ def _fuse(model: Model, names: Names, site: Site, made_by: str) -> list[gs.Node]
     position = next(i for i, node in enumerate(site.graph.nodes) if node is old)
     site.graph.nodes[position] = fused
     note(model, fused, made_by, [site])
+    no_longer_serves(model, prune, site)
     return feeders
 
 

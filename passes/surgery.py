@@ -39,6 +39,12 @@ def note(model: Model, node: gs.Node, made_by: str, sites: Sequence[Site]) -> No
     }
 
 
+def no_longer_serves(model: Model, node: gs.Node, site: Site) -> None:
+    """Take a site off the record of a node that served it together with others."""
+    props = model.notes[id(node)]
+    props["nmonnx.site"] = json.dumps([name for name in json.loads(props["nmonnx.site"]) if name != site.name])
+
+
 def remove_dead(model: Model, nodes: Iterable[gs.Node]) -> None:
     """Remove those of `nodes` whose results nothing reads any more, then what fed only them. Linear in the model."""
     scopes = [graph for _, graph in model.scopes()]
