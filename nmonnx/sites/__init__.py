@@ -1,7 +1,7 @@
 """Find the linear layers of a model and choose those to prune.
 
-    find_sites(model) -> Found       what is there, and why the rest is left alone
-    select(found, ...) -> Selection  what the user's selectors choose
+find_sites(model) -> Found       what is there, and why the rest is left alone
+select(found, ...) -> Selection  what the user's selectors choose
 """
 
 from nmonnx.sites.find import converted_with, find_sites

@@ -45,9 +45,7 @@ class Constant:
     def through(self, reason: str, shape: tuple[int, ...], step: Callable[[np.ndarray], np.ndarray]) -> Constant:
         """The constant after one more operator, no longer equal to a stored tensor because of `reason`."""
         read = self.read
-        return replace(
-            self, shape=shape, read=lambda: step(read()), stored=None, indirect=self.indirect or reason
-        )
+        return replace(self, shape=shape, read=lambda: step(read()), stored=None, indirect=self.indirect or reason)
 
 
 @dataclass(frozen=True)

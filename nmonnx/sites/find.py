@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from nmonnx.graph import DOMAIN, Model
-from nmonnx.sites.linear import Left, Linear
+from nmonnx.sites.linear import Left, Linear, Product
 from nmonnx.sites.quantised import QUANTISED
 from nmonnx.sites.roles import block_of, module_paths, role_of
 from nmonnx.sites.scope import Scope, domain_of, input_of, read_scopes
@@ -24,19 +24,6 @@ _READERS = {**SPELLINGS, **QUANTISED}
 _PRUNABLE = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
 
 
-@dataclass(frozen=True, eq=False)
-class Product:
-    """A node that a reader knows, with what it made of it and what the names around it tell."""
-
-    name: str
-    scope: Scope
-    node: gs.Node
-    reading: Linear | Left
-    texts: tuple[str, ...]
-    role: str | None
-    block: int | None
-
-
 def find_sites(model: Model) -> Found:
     """Every linear layer of the model with a constant weight, and every product left alone with the reason.
 
@@ -44,8 +31,7 @@ def find_sites(model: Model) -> Found:
     """
     scopes = read_scopes(model)
     tracer = Tracer(model, scopes)
-    products = list(_products(model, tracer, scopes))
-    products = infer(products)
+    products = infer(list(_products(model, tracer, scopes)))
     ports = {id(p.node): p.reading for p in products if isinstance(p.reading, Linear)}
     sites: list[Site] = []
     skipped: list[Skipped] = []

@@ -54,6 +54,19 @@ class Left:
     initializer: str = ""
 
 
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A node that a reader knows, with what it made of it and what the names around it tell."""
+
+    name: str
+    scope: Scope
+    node: gs.Node
+    reading: Linear | Left
+    texts: tuple[str, ...]
+    role: str | None
+    block: int | None
+
+
 Reading = Linear | Left | None
 Reader = Callable[[Tracer, Scope, gs.Node], Reading]
 
@@ -88,4 +101,3 @@ _OVERLOADS = {
     (TensorProto.FLOAT, TensorProto.FLOAT16),
     (TensorProto.FLOAT16, TensorProto.FLOAT16),
 }
-

@@ -23,14 +23,14 @@ from nmonnx.tensors import type_name
 if TYPE_CHECKING:
     from nmonnx.sites.trace import Tracer
 
-_NUMPY = {
+_NUMPY: dict[int, type] = {
     TensorProto.FLOAT: np.float32,
     TensorProto.FLOAT16: np.float16,
     TensorProto.DOUBLE: np.float64,
     TensorProto.INT64: np.int64,
     TensorProto.INT32: np.int32,
 }
-_CODE_RANGE = {
+_CODE_RANGE: dict[int, tuple[int, int]] = {
     TensorProto.INT8: (-128, 127),
     TensorProto.UINT8: (0, 255),
     TensorProto.INT4: (-8, 7),
@@ -48,11 +48,15 @@ def _constant(tracer: Tracer, scope: Scope, node: gs.Node, depth: int) -> Consta
         if attribute.name == "sparse_value":
             return sparse_constant(reader, tensor.name, attribute.sparse_tensor)
         if attribute.name in ("value_float", "value_floats", "value_int", "value_ints"):
-            kind = np.float32 if "float" in attribute.name else np.int64
-            values = np.array(onnx.helper.get_attribute_value(attribute), kind)
-            elem = TensorProto.FLOAT if "float" in attribute.name else TensorProto.INT64
-            return Constant(values.shape, elem, lambda: values, tensor.name, None, "its weight is a list of numbers")
+            return _numbers(tensor.name, attribute)
     return NotConstant("it is a constant of text")
+
+
+def _numbers(name: str, attribute: onnx.AttributeProto) -> Constant:
+    is_float = "float" in attribute.name
+    elem, kind = (TensorProto.FLOAT, np.float32) if is_float else (TensorProto.INT64, np.int64)
+    values = np.array(onnx.helper.get_attribute_value(attribute), kind)
+    return Constant(values.shape, elem, lambda: values, name, None, "its weight is a list of numbers")
 
 
 def _identity(tracer: Tracer, scope: Scope, node: gs.Node, depth: int) -> Constant | NotConstant:
@@ -89,9 +93,7 @@ def _transpose(tracer: Tracer, scope: Scope, node: gs.Node, depth: int) -> Const
     shape = tuple(source.shape[i] for i in perm)
     moved = source.through("its weight is transposed in more than two axes", shape, lambda w: w.transpose(perm))
     if source.stored and perm == [1, 0]:
-        return replace(
-            moved, stored=replace(source.stored, transposed=not source.stored.transposed), indirect=""
-        )
+        return replace(moved, stored=replace(source.stored, transposed=not source.stored.transposed), indirect="")
     return moved
 
 

@@ -110,9 +110,7 @@ def _integer(weight: int, scale: int | None, zero: int, codes: bool = True) -> R
             return (values - _per_column(zeros)) * _per_column(float32(scales))
 
         role = "qkv" if node.op == "QAttention" else ""
-        return Linear(
-            k, n, TensorProto.FLOAT, stored, read, codes=codes, not_fusable=_PRUNE_ONLY, role=role
-        )
+        return Linear(k, n, TensorProto.FLOAT, stored, read, codes=codes, not_fusable=_PRUNE_ONLY, role=role)
 
     return read_node
 
@@ -126,7 +124,7 @@ def _scale_after(tracer: Tracer, scope: Scope, node: gs.Node) -> Constant | NotC
     """The weight's scale of a MatMulInteger: -> Cast -> Mul(Mul(activation scale, weight scale))."""
     for cast in scope.uses_of(node.outputs[0].name):
         for use in scope.uses_of(cast.node.outputs[0].name) if cast.node.op == "Cast" else ():
-            factor = scope.producer(use.node.inputs[1 - use.index]) if use.node.op == "Mul" else None
+            factor = scope.producer(use.node.inputs[1 - use.port]) if use.node.op == "Mul" else None
             for tensor in factor[1].inputs if factor and factor[1].op == "Mul" else ():
                 scale = tracer.trace(factor[0], tensor) if factor else None
                 if isinstance(scale, Constant):

@@ -28,7 +28,7 @@ _BY_CONTEXT = ("c_proj", "dense", "gate", "proj", "linear_proj")
 _WORD = re.compile(
     r"(?:(?<=^)|(?<=[./:_]))("
     + "|".join(re.escape(w) for w in sorted((*_ROLE_OF, *_BY_CONTEXT), key=len, reverse=True))
-    + r")(?=$|[./:]|_\d|_matmul|_gemm)"
+    + r")(?=$|[./:]|_\d|_matmul|_gemm|_weight)"
 )
 _ATTENTION = re.compile(r"attn|attention")
 _FEED_FORWARD = re.compile(r"mlp|ffn|feed_forward|moe|experts")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -27,12 +27,12 @@ class Overridable:
     default: TensorProto | SparseTensorProto
 
 
-Definition = gs.Node | TensorProto | SparseTensorProto | Formal | Overridable
+Definition: TypeAlias = gs.Node | TensorProto | SparseTensorProto | Formal | Overridable
 
 
 class Use(NamedTuple):
     node: gs.Node
-    index: int
+    port: int
 
 
 @dataclass(eq=False)
@@ -45,6 +45,11 @@ class Scope:
     defined: dict[str, Definition]
     outputs: frozenset[str]
     uses: dict[str, list[Use]] = field(default_factory=dict)
+
+    @property
+    def is_function(self) -> bool:
+        """A function body stands for all its calls."""
+        return isinstance(self.graph, gs.Function)
 
     def find(self, name: str) -> tuple[Scope, Definition] | None:
         """The innermost definition of `name` seen from here, with the scope that holds it."""
@@ -71,11 +76,12 @@ def read_scopes(model: Model) -> list[Scope]:
     protos: dict[int, Any] = {id(model.graph): model.proto.graph}
     parents: dict[int, Scope] = {}
     own: set[int] = set()
-    for function, proto in zip(model.graph.functions, model.proto.functions):
-        protos[id(function)] = proto
+    bodies = {(f.domain, f.name): f for f in model.proto.functions}
+    for function in model.graph.functions:
+        protos[id(function)] = bodies.get((function.domain, function.name))
         own |= {id(function)} if function.domain == DOMAIN else set()
     for path, graph in model.scopes():
-        if id(graph) in own or id(graph) not in protos:
+        if id(graph) in own or protos.get(id(graph)) is None:
             continue
         scope = _scope(path, graph, protos[id(graph)], parents.get(id(graph)), model.proto.ir_version)
         scopes.append(scope)
@@ -87,7 +93,7 @@ def read_scopes(model: Model) -> list[Scope]:
 
 
 def domain_of(node: gs.Node) -> str:
-    """"" and "ai.onnx" name the same operator set."""
+    """ "" and "ai.onnx" name the same operator set."""
     return "" if node.domain in (None, "", "ai.onnx") else node.domain
 
 

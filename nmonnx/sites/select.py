@@ -51,7 +51,7 @@ class _Selector:
     def __init__(self, text: str, found: Found, flag: str) -> None:
         self.text = text
         self.matches = _matcher(text, flag)
-        linears = (*found.sites, *(s for s in found.skipped if s.linear))
+        linears: list[Site | Skipped] = [*found.sites, *(s for s in found.skipped if s.linear)]
         roles = {s.role for s in linears if self.matches(s)}
         if not roles:
             raise UsageError(f"{flag} {text!r} matches no linear layer; {_what_is_there(linears)}")
@@ -81,7 +81,7 @@ def _matcher(text: str, flag: str) -> Callable[[Site | Skipped], bool]:
     return lambda s: s.role == text or any(t == text or fnmatchcase(t, text) for t in s.texts)
 
 
-def _what_is_there(linears: tuple[Site | Skipped, ...]) -> str:
+def _what_is_there(linears: list[Site | Skipped]) -> str:
     if not linears:
         return "the model has none"
     roles = ", ".join(f"{role} ({count})" for role, count in sorted(Counter(s.role for s in linears).items()))

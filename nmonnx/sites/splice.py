@@ -68,12 +68,12 @@ def _feeds_linears(scope: Scope, quantiser: gs.Node, linears: Mapping[int, Linea
     names = [quantiser.outputs[0].name]
     if dequantised:
         uses = scope.uses_of(names[0])
-        if names[0] in scope.outputs or any(u.node.op != "DequantizeLinear" or u.index for u in uses):
+        if names[0] in scope.outputs or any(u.node.op != "DequantizeLinear" or u.port for u in uses):
             return False
         names = [use.node.outputs[0].name for use in uses]
     return all(
         name not in scope.outputs
-        and all(_is_port(u.node, u.index, linears, not dequantised) for u in scope.uses_of(name))
+        and all(_is_port(u.node, u.port, linears, not dequantised) for u in scope.uses_of(name))
         for name in names
     )
 

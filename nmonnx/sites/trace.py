@@ -42,12 +42,12 @@ class Tracer:
         """The constant behind `tensor` as seen from `scope`."""
         found = scope.find(tensor.name) if tensor is not None else None
         if tensor is None or found is None:
-            return NotConstant("it is made at run time")
+            return NotConstant("its weight is made at run time")
         home, definition = found
         key = (id(home), tensor.name)
         if key not in self._known:
             if depth > LONGEST_CHAIN:
-                return NotConstant(f"more than {LONGEST_CHAIN} operators lie between it and its weight")
+                return NotConstant(f"more than {LONGEST_CHAIN} operators lie between it and its stored weight")
             self._known[key] = self._resolve(home, tensor, definition, depth)
         return self._known[key]
 
@@ -56,9 +56,7 @@ class Tracer:
         constant = self.trace(scope, tensor)
         return np.atleast_1d(constant.read()).astype(int).tolist() if isinstance(constant, Constant) else None
 
-    def _resolve(
-        self, scope: Scope, tensor: gs.Tensor, definition: Definition, depth: int
-    ) -> Constant | NotConstant:
+    def _resolve(self, scope: Scope, tensor: gs.Tensor, definition: Definition, depth: int) -> Constant | NotConstant:
         if isinstance(definition, Formal):
             return self._argument(scope, tensor, definition.index, depth)
         if isinstance(definition, gs.Node):
@@ -78,7 +76,7 @@ class Tracer:
                 return NotConstant(
                     f"its weight is computed by {node.op} from constants; fold the constants first", fixed=True
                 )
-            return NotConstant("it is made at run time")
+            return NotConstant("its weight is made at run time")
         return operator(self, scope, node, depth + 1)
 
     def _argument(self, scope: Scope, tensor: gs.Tensor, index: int, depth: int) -> Constant | NotConstant:
@@ -86,7 +84,7 @@ class Tracer:
         given = [self.trace(caller, input_of(node, index), depth + 1) for caller, node in calls]
         constants = [c for c in given if isinstance(c, Constant)]
         if not constants or len(constants) < len(given):
-            return NotConstant("it is an input of the graph or function")
+            return NotConstant("its weight is an input of the graph or function")
         first = constants[0]
         if any((c.shape, c.elem) != (first.shape, first.elem) for c in constants):
             return NotConstant("calls of its function bring weights of different shapes")
@@ -154,6 +152,8 @@ def _fixed_names(scope: Scope, outer: set[str]) -> set[str]:
 
 
 def _is_pure(node: gs.Node) -> bool:
-    return domain_of(node) == "" and not node.op.startswith("Random") and not any(
-        isinstance(value, (gs.Graph, gs.Node.AttributeRef)) for value in node.attrs.values()
+    return (
+        domain_of(node) == ""
+        and not node.op.startswith("Random")
+        and not any(isinstance(value, (gs.Graph, gs.Node.AttributeRef)) for value in node.attrs.values())
     )
