@@ -35,8 +35,8 @@ class Source(Protocol):
     def q4(self, name: str) -> Q4Blocks:
         """The 4-bit blocks of a tensor whose kind is in `q4.LOSSLESS`."""
 
-    def write_tokenizer(self, folder: Path) -> list[str]:
-        """Write tokenizer.json and what belongs to it; returns the file names."""
+    def write_tokenizer(self, folder: Path) -> None:
+        """Write tokenizer.json and what belongs to it."""
 
 
 def open_source(path: Path) -> Source:

@@ -8,83 +8,80 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nmonnx.errors import InputError
+from nmonnx.models.gguf_metadata import GgufMetadata
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
-    from nmonnx.models.weights_gguf import GgufSource
-
-_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 SPLITS = ("smollm", "gpt-2")
 """Values of tokenizer.ggml.pre that can be rebuilt: how the text is cut before the merges."""
 
+_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
-def write_tokenizer(source: GgufSource, folder: Path) -> list[str]:
-    """Write tokenizer.json and tokenizer_config.json (with the chat template, when there is one) to `folder`;
-    returns their names.
 
-    1. A tokenizer.json beside the GGUF file is copied: it is the original.
+def write_tokenizer(metadata: GgufMetadata, folder: Path) -> None:
+    """Write tokenizer.json, and tokenizer_config.json with the chat template when there is one.
+
+    1. A tokenizer.json beside the GGUF file is the original: it is copied.
     2. Byte-level BPE with a split of `SPLITS` is rebuilt. BOS is added only if the GGUF says so.
-    3. Anything else raises InputError.
+    3. Any other tokenizer raises InputError.
     """
-    beside = source.path.parent / "tokenizer.json"
+    beside = metadata.path.parent / "tokenizer.json"
     if beside.is_file():
         shutil.copyfile(beside, folder / "tokenizer.json")
     else:
-        _tokenizer(source).save(str(folder / "tokenizer.json"))
-    config = json.dumps(_config(source), indent=2, ensure_ascii=False)
+        _tokenizer(metadata).save(str(folder / "tokenizer.json"))
+    config = json.dumps(_config(metadata), indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
-    return ["tokenizer.json", "tokenizer_config.json"]
 
 
-def _tokenizer(source: GgufSource) -> Tokenizer:
+def _tokenizer(metadata: GgufMetadata) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    model, pre = source.field("tokenizer.ggml.model"), source.field("tokenizer.ggml.pre")
-    if model != "gpt2" or pre not in SPLITS:
+    model, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    if model != "gpt2" or split not in SPLITS:
         raise InputError(
-            f"{source.path}: the tokenizer is {model!r} with split {pre!r}; this recipe rebuilds 'gpt2' with"
+            f"{metadata.path}: the tokenizer is {model!r} with split {split!r}; this recipe rebuilds 'gpt2' with"
             f" {' or '.join(SPLITS)}. Put the model's own tokenizer.json beside the GGUF file"
         )
-    tokens = source.field("tokenizer.ggml.tokens")
-    merges = [tuple(m.split(" ", 1)) for m in source.field("tokenizer.ggml.merges")]
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    merges = [tuple(m.split(" ", 1)) for m in metadata.get("tokenizer.ggml.merges")]
     tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
-    bytes_split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_split]) if pre == "smollm" else bytes_split
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level]) if split == "smollm" else byte_level
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(_added(source, tokens, _CONTROL))
-    tokenizer.add_tokens(_added(source, tokens, _USER_DEFINED))
-    if source.field("tokenizer.ggml.add_bos_token", False):
-        _add_bos(tokenizer, tokens[source.config.bos], source.config.bos)
+    tokenizer.add_special_tokens(_added(metadata, tokens, _CONTROL))
+    tokenizer.add_tokens(_added(metadata, tokens, _USER_DEFINED))
+    if metadata.get("tokenizer.ggml.add_bos_token", False):
+        _add_bos(tokenizer, metadata.get("tokenizer.ggml.bos_token_id"), tokens)
     return tokenizer
 
 
-def _added(source: GgufSource, tokens: list[str], kind: int) -> list[AddedToken]:
+def _added(metadata: GgufMetadata, tokens: list[str], kind: int) -> list[AddedToken]:
     from tokenizers import AddedToken
 
-    kinds = source.field("tokenizer.ggml.token_type", [])
-    return [
-        AddedToken(t, normalized=False, special=kind == _CONTROL)
-        for t, k in zip(tokens, kinds, strict=False)
-        if k == kind
-    ]
+    kinds = metadata.get("tokenizer.ggml.token_type", [])
+    found = [t for t, k in zip(tokens, kinds, strict=False) if k == kind]
+    return [AddedToken(t, normalized=False, special=kind == _CONTROL) for t in found]
 
 
-def _add_bos(tokenizer: Tokenizer, token: str, index: int | None) -> None:
+def _add_bos(tokenizer: Tokenizer, index: int, tokens: list[str]) -> None:
     from tokenizers import processors
 
+    bos = tokens[index]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, index)]
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, index)]
     )
 
 
-def _config(source: GgufSource) -> dict[str, Any]:
-    tokens = source.field("tokenizer.ggml.tokens")
-    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    ids = {key: source.field(f"tokenizer.ggml.{name}_token_id") for key, name in keys.items()}
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    config |= {f"{key}_token": tokens[i] for key, i in ids.items() if i is not None}
-    config |= {"model_max_length": source.config.context, "clean_up_tokenization_spaces": False}
-    template = source.field("tokenizer.chat_template")
+def _config(metadata: GgufMetadata) -> dict[str, Any]:
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    for key, name in _SPECIAL.items():
+        index = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if index is not None and index < len(tokens):
+            config[f"{key}_token"] = tokens[index]
+    template = metadata.get("tokenizer.chat_template")
     return config | ({"chat_template": template} if template else {})

@@ -26,7 +26,12 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "F64": np.dtype("<f8")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "F64": np.dtype("<f8"),
+}
 
 
 class SafetensorsSource:
@@ -63,11 +68,10 @@ class SafetensorsSource:
     def q4(self, name: str) -> Q4Blocks:
         raise InputError(f"{self.path}: tensor {name!r} is {self.kind(name)}, which has no 4-bit blocks")
 
-    def write_tokenizer(self, folder: Path) -> list[str]:
-        present = [name for name in TOKENIZER_FILES if (self.path / name).is_file()]
-        for name in present:
-            shutil.copyfile(self.path / name, folder / name)
-        return present
+    def write_tokenizer(self, folder: Path) -> None:
+        for name in TOKENIZER_FILES:
+            if (self.path / name).is_file():
+                shutil.copyfile(self.path / name, folder / name)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,8 @@
-"""Write a model and its weights: one tensor in memory at a time, the files in place only when complete."""
+"""Write a model and its weights, one tensor in memory at a time."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,42 +17,35 @@ Progress = Callable[[int, int], None]
 """Called with (bytes written, bytes in all)."""
 
 
-def write_model(model: ModelProto, weights: Iterable[Weight], path: Path, progress: Progress | None = None) -> None:
-    """Add `weights` to the model as external data in `path`.data and write both files.
+def write_model(model: ModelProto, weights: Collection[Weight], path: Path, progress: Progress | None = None) -> None:
+    """Write the weights to `path`.data, name them in the model, write the model to `path`.
 
     Offsets are multiples of 64 bytes, of 4096 for tensors of 1 MiB and more. Raises InputError when a value
-    does not fit fp16 or a reader gives another shape than it declared; then neither file is touched.
+    does not fit fp16 or a tensor has another shape than was declared.
     """
-    data = path.with_name(f"{path.name}.data")
-    temporary = {file: file.with_name(f".{file.name}.{os.getpid()}.tmp") for file in (data, path)}
-    with ExitStack() as stack:
-        for file in temporary.values():
-            stack.callback(file.unlink, missing_ok=True)
-        with open(temporary[data], "wb") as f:
-            _write_data(f, model, list(weights), data.name, progress)
-        temporary[path].write_bytes(model.SerializeToString())
-        for file, part in temporary.items():
-            os.replace(part, file)
-
-
-def _write_data(
-    f: BinaryIO, model: ModelProto, weights: list[Weight], location: str, progress: Progress | None
-) -> None:
     total, done = sum(w.size for w in weights), 0
-    for weight in weights:
-        step = PAGE if weight.size >= BIG else ALIGNMENT
-        f.write(bytes(-f.tell() % step))
-        model.graph.initializer.append(_external(weight, location, f.tell()))
-        f.write(memoryview(_values(weight)).cast("B"))
-        done += weight.size
-        if progress:
-            progress(done, total)
+    data = path.with_name(f"{path.name}.data")
+    with open(data, "wb") as f:
+        for weight in weights:
+            offset = _append(f, weight)
+            model.graph.initializer.append(_external(weight, data.name, offset))
+            done += weight.size
+            if progress:
+                progress(done, total)
+    path.write_bytes(model.SerializeToString())
 
 
-def _values(weight: Weight) -> np.ndarray:
+def _append(f: BinaryIO, weight: Weight) -> int:
+    f.write(bytes(-f.tell() % (PAGE if weight.size >= BIG else ALIGNMENT)))
+    offset = f.tell()
+    _stored(weight).tofile(f)
+    return offset
+
+
+def _stored(weight: Weight) -> np.ndarray:
     values = weight.read()
     if values.shape != weight.shape:
-        raise InputError(f"weight {weight.name!r}: values of shape {values.shape}, {weight.shape} was declared")
+        raise InputError(f"weight {weight.name!r} was declared {list(weight.shape)}, read {list(values.shape)}")
     with np.errstate(over="ignore"):
         stored = np.ascontiguousarray(values, dtype=weight.dtype)
     if weight.dtype == np.float16 and not np.isfinite(stored).all():
