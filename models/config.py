@@ -92,12 +92,15 @@ def inverse_frequencies(theta: float, head_size: int, scaling: Mapping[str, Any]
     exponents = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
     plain = (1.0 / np.float32(theta) ** exponents).astype(np.float32)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "linear":
-        plain = plain / np.float32(scaling["factor"])
-    elif kind == "llama3":
-        plain = _llama3(plain, scaling)
-    elif kind != "default":
-        raise InputError(f"{where}: rope scaling {kind!r} is not covered; this recipe knows default, linear and llama3")
+    try:
+        if kind == "linear":
+            plain = plain / np.float32(scaling["factor"])
+        elif kind == "llama3":
+            plain = _llama3(plain, scaling)
+        elif kind != "default":
+            raise InputError(f"{where}: rope scaling {kind!r} is not one of default, linear and llama3")
+    except KeyError as e:
+        raise InputError(f"{where}: rope scaling {kind!r} lacks {e}") from e
     return tuple(float(f) for f in plain)
 
 
