@@ -1,0 +1,153 @@
+"""Every graph of the zoo: converted, it equals stock operators at the same layers, with the library and without it,
+and keeping everything it is the original."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from conftest import SHARED
+from stock_reference import load_whole, prune_with_stock_ops
+
+from nmonnx.convert import convert
+from nmonnx.errors import ModelError, NmonnxError
+from nmonnx.feeds import Feed, plan_feeds
+from nmonnx.library import make_session
+from nmonnx.pattern import Pattern
+from nmonnx.recipe import Recipe
+
+ZOO = SHARED / "zoo"
+MODELS = sorted(ZOO.glob("**/*.onnx"))
+
+REFUSED = {
+    "llama-dynamo-bf16": "BFLOAT16",
+    "llama-genai-bf16cuda": "BFLOAT16",
+    "llama-synth-conv1x1": "1x1 convolution",
+    "llama-synth-leftweight": "weight is on the left",
+    "llama-synth-initinputs": "also a graph input",
+    "public/onnxruntime-genai/hf-internal-testing/tiny-random-lfm2-fp32/decoder.onnx": "lm_head is left dense",
+}
+"""Models that are refused, with a word of the reason; the public graphs without a linear layer come on top."""
+
+UNWRITTEN_CACHE = {"gemma2-genai-fp32", "gemma2-genai-int4", "gptoss-genai-fp16cuda"}
+"""Models whose sliding-window cache buffers are returned partly unwritten, so that two runs of the original differ:
+their logits alone are compared."""
+
+DATA_DEPENDENT = {"mixtral-ts-kv-fp32"}
+"""A trace that baked in which experts the traced tokens took: no pruned form of it runs, stock operators neither."""
+
+HALF_REASON = (
+    "fp16 on the CPU provider: ONNX Runtime computes in fp32 and drops the rounding between neighbouring nodes; a node"
+    " between them brings it back"
+)
+NOT_BIT_EQUAL = dict.fromkeys(
+    (
+        "gpt2-dynamo-fp16",
+        "gpt2-ts-fp16",
+        "llama-dynamo-fp16",
+        "llama-genai-fp16cuda",
+        "llama-genai-fp16dml",
+        "llama-optimum-fp16",
+        "llama-ts-fp16",
+        "phi3-genai-fp16cuda",
+        "public/onnxruntime-genai/hf-internal-testing/tiny-qwen35-cuda/decoder.onnx",
+        "public/onnxruntime-genai/hf-internal-testing/tiny-random-gpt2-fp16-cuda/past.onnx",
+        "qwen2-genai-fp16cuda",
+    ),
+    HALF_REASON,
+)
+"""Models that n = m does not reproduce bit for bit on ONNX Runtime's CPU provider, and why."""
+
+
+def name(path: Path) -> str:
+    folder = str(path.parent.relative_to(ZOO))
+    return folder if path.name == "model.onnx" else f"{folder}/{path.name}" if folder != "." else path.name
+
+
+@lru_cache(maxsize=4)
+def runs(path: Path) -> tuple[Feed, ...]:
+    """Feeds that the original runs on; none when ONNX Runtime's CPU provider cannot load or run it."""
+    try:
+        session = make_session(path, threads=1, library=False)
+    except ModelError:
+        return ()
+    return tuple(plan_feeds(session, path, np.random.default_rng(0)).feeds)
+
+
+def outputs(
+    model: Path | bytes, feeds: tuple[Feed, ...], library: bool, logits_only: bool = False
+) -> list[list[np.ndarray]]:
+    if isinstance(model, Path):
+        session = make_session(model, threads=1, library=library)
+    else:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 4
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    names = [o.name for o in session.get_outputs() if not (logits_only and o.name.startswith("present"))]
+    return [session.run(names, feed.arrays) for feed in feeds]
+
+
+def worst(got: list[list[np.ndarray]], want: list[list[np.ndarray]]) -> float:
+    """Largest error relative to the largest value of its output; infinite when shapes or NaNs differ."""
+    error = 0.0
+    for a, b in ((a, b) for g, w in zip(got, want, strict=True) for a, b in zip(g, w, strict=True)):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return np.inf
+        if a.size and a.dtype.kind == "f":
+            a64, b64 = a.astype(np.float64), b.astype(np.float64)
+            if not np.array_equal(np.isnan(a64), np.isnan(b64)):
+                return np.inf
+            scale = np.nanmax(np.abs(b64), initial=1e-30)
+            error = max(error, float(np.nanmax(np.abs(a64 - b64), initial=0.0)) / scale)
+        elif not np.array_equal(a, b):
+            return np.inf
+    return error
+
+
+def bit_equal(got: list[list[np.ndarray]], want: list[list[np.ndarray]]) -> bool:
+    pairs = [(a, b) for g, w in zip(got, want, strict=True) for a, b in zip(g, w, strict=True)]
+    return all(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in pairs)
+
+
+def records(path: Path) -> list[dict]:
+    props = {p.key: p.value for p in onnx.load(path, load_external_data=False).metadata_props}
+    return json.loads(props["nmonnx.sites"])
+
+
+@pytest.mark.parametrize("path", MODELS, ids=name)
+def test_zoo(path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sparse.onnx"
+    try:
+        convert(path, out, Recipe())
+    except NmonnxError as error:
+        reason = REFUSED.get(name(path), "no linear layer with a constant weight")
+        assert reason in str(error)
+        assert not list(tmp_path.iterdir())
+        return
+    assert name(path) not in REFUSED
+    feeds = runs(path)
+    if not feeds:
+        pytest.skip("ONNX Runtime's CPU provider does not run the original either")
+    if name(path) in DATA_DEPENDENT:
+        pytest.skip("the trace baked in which experts run")
+    run = partial(outputs, feeds=feeds, logits_only=name(path) in UNWRITTEN_CACHE)
+    stock = prune_with_stock_ops(load_whole(path), records(out), 8, 16).SerializeToString()
+    expected = run(stock, library=False)
+    prune_only = tmp_path / "prune.onnx"
+    convert(path, prune_only, Recipe(kernel="prune"))
+    assert worst(run(prune_only, library=True), expected) <= 1e-5
+    assert worst(run(out, library=True), expected) <= 1e-4
+    assert worst(run(out, library=False), expected) <= 1e-4
+    dense = tmp_path / "dense.onnx"
+    convert(path, dense, Recipe(Pattern(16, 16)))
+    original = run(path, library=False)
+    for library in (True, False):
+        got = run(dense, library=library)
+        assert bit_equal(got, original) == (name(path) not in NOT_BIT_EQUAL)
+        assert worst(got, original) <= (2e-2 if name(path) in NOT_BIT_EQUAL else 0.0)
