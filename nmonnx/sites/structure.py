@@ -28,6 +28,7 @@ _ACTIVATION = {
 _ALONG = {"Mul", "Div", "Add", "Pow", "Sqrt", "Cast", "Identity", "Reshape", "QuantizeLinear", "Squeeze"} | {
     *("DequantizeLinear", "DynamicQuantizeLinear", "Unsqueeze", "Flatten"),
 }
+_SAME = _ALONG - {"Mul", "Div", "Add", "Pow", "Sqrt"}
 _PARTS = {"Split", "Slice", "Gather"}
 
 
@@ -39,7 +40,7 @@ def infer(products: list[Product]) -> list[Product]:
     told: dict[int, tuple[str | None, int | None]] = {}
     for members in by_scope.values():
         linears = [p for p in members if isinstance(p.reading, Linear)]
-        if any(p.role is None or p.block is None for p in linears):
+        if any(p.role is None or (p.block is None and p.role != "lm_head") for p in linears):
             told |= _Structure(members[0].scope, linears).read()
     return [replace(p, role=t[0], block=t[1]) if (t := told.get(id(p.node))) else p for p in products]
 
@@ -71,6 +72,7 @@ class _Structure:
         for product in self.linears:
             if self.roles[id(product.node)] is None:
                 self._feed_forward(product)
+        self._routers()
         self._lm_head()
         blocks = self._blocks()
         return {key: (role, blocks.get(key)) for key, role in self.roles.items()}
@@ -104,11 +106,21 @@ class _Structure:
             self._scores[id(node)] = any(u.node.op in ("Softmax", "BiasSoftmax") for u in uses)
         return self._scores[id(node)]
 
+    def _source(self, product: Product) -> str:
+        """Name of the activation before it was reshaped, cast or quantised for this layer."""
+        assert isinstance(product.reading, Linear)
+        tensor = product.node.inputs[product.reading.port]
+        for _ in range(_REACH):
+            made = self.scope.producer(tensor)
+            if made is None or made[1].op not in _SAME:
+                break
+            tensor = made[1].inputs[0]
+        return tensor.name
+
     def _groups(self, products: Iterable[Product]) -> list[list[Product]]:
         groups: dict[str, list[Product]] = {}
         for product in products:
-            assert isinstance(product.reading, Linear)
-            groups.setdefault(product.node.inputs[product.reading.port].name, []).append(product)
+            groups.setdefault(self._source(product), []).append(product)
         return [g for g in groups.values() if len(g) > 1]
 
     def _gated(self, group: list[Product]) -> None:
@@ -144,11 +156,20 @@ class _Structure:
         last = self.nodes[id(down)].reading
         return isinstance(up.reading, Linear) and isinstance(last, Linear) and up.reading.k == last.n
 
+    def _routers(self) -> None:
+        """A narrow layer whose outputs are ranked to choose experts."""
+        for product in self.linears:
+            if self.roles[id(product.node)] is None and isinstance(product.reading, Linear):
+                ops = {u.node.op for u in self._walk(product.node.outputs).uses}
+                if "TopK" in ops and product.reading.n < product.reading.k:
+                    self._tell(product.node, "router")
+
     def _lm_head(self) -> None:
         """The last linear layer of a decoder, or the one that reads the embedding table."""
         known = {role for role in self.roles.values() if role}
+        tables = _tables(self.scope)
         for product in self.linears:
-            if self.roles[id(product.node)] is None and self._reads_embedding(product):
+            if isinstance(product.reading, Linear) and product.reading.weight.name in tables:
                 self._tell(product.node, "lm_head")
         last = self.linears[-1] if self.linears else None
         if last is None or not known & {"q", "qkv", "down"} or "lm_head" in known:
@@ -158,22 +179,14 @@ class _Structure:
         if widest and not self._walk(last.node.outputs).linears:
             self._tell(last.node, "lm_head")
 
-    def _reads_embedding(self, product: Product) -> bool:
-        assert isinstance(product.reading, Linear)
-        found = self.scope.find(product.reading.weight.name)
-        readers = found[0].uses_of(product.reading.weight.name) if found else []
-        turned = [u for r in readers if r.node.op == "Transpose" for u in _uses(self.scope, r.node.outputs)]
-        return any(u.node.op == "Gather" and u.port == 0 for u in (*readers, *turned))
-
     def _blocks(self) -> dict[int, int | None]:
         """Blocks counted by the inputs of attention; names win, and where they disagree nothing is filled in."""
         counted: dict[int, int | None] = {}
         inputs: dict[str, int] = {}
         for product in self.linears:
-            assert isinstance(product.reading, Linear)
             role = self.roles[id(product.node)]
             if role in ("q", "k", "v", "qkv"):
-                inputs.setdefault(product.node.inputs[product.reading.port].name, len(inputs))
+                inputs.setdefault(self._source(product), len(inputs))
             numbered = inputs and role not in (None, "lm_head", "other")
             counted[id(product.node)] = len(inputs) - 1 if numbered else None
         named = {id(p.node): p.block for p in self.linears}
@@ -186,28 +199,50 @@ class _Structure:
 
     def _walk(self, outputs: Iterable[gs.Tensor], through: set[str] | None = None) -> _Walk:
         """Breadth first from `outputs`, through the given operators only (any, when None)."""
-        walk = _Walk([], [], [])
+        walk, visited = _Walk([], [], []), 0
+        linears: dict[int, gs.Node] = {}
         waiting = deque(_uses(self.scope, outputs))
         seen: set[tuple[int, int]] = set()
-        while waiting and len(walk.uses) < _REACH:
+        while waiting and visited < _REACH:
             use = waiting.popleft()
             node = use.node
-            if (id(node), use.port) in seen or id(node) not in self.own or node.op == "Shape":
+            if (id(node), use.port) in seen or id(node) not in self.own or _is_aside(use):
                 continue
             seen.add((id(node), use.port))
+            visited += 1
             if id(node) in self.nodes:
-                if node not in walk.linears:
-                    walk.linears.append(node)
+                linears[id(node)] = node
                 continue
             if node.op in _ATTENTION or node.op in _PRODUCTS:
                 walk.cores.append(use)
                 continue
             walk.uses.append(use)
             if through is None or node.op in through:
-                waiting.extend(_uses(self.scope, node.outputs))
+                outputs = node.outputs[:1] if node.op == "DynamicQuantizeLinear" else node.outputs
+                waiting.extend(_uses(self.scope, outputs))
+        walk.linears.extend(linears.values())
         return walk
 
 
 def _uses(scope: Scope, outputs: Iterable[gs.Tensor]) -> Iterator[Use]:
     for output in outputs:
         yield from scope.uses_of(output.name)
+
+
+def _is_aside(use: Use) -> bool:
+    """The values do not go on from here, only their shape or type."""
+    return use.node.op in ("Shape", "Size") or (use.node.op == "CastLike" and use.port == 1)
+
+
+def _tables(scope: Scope) -> set[str]:
+    """Names of the tensors that Gather picks rows of, here and in the graphs around, through a Transpose too."""
+    names: set[str] = set()
+    around: Scope | None = scope
+    while around is not None:
+        for node in around.graph.nodes:
+            if node.op == "Gather" and node.inputs:
+                made = around.producer(node.inputs[0])
+                turned = made is not None and made[1].op in ("Transpose", "Identity")
+                names.add(made[1].inputs[0].name if made and turned else node.inputs[0].name)
+        around = around.parent
+    return names
