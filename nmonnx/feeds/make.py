@@ -10,8 +10,6 @@ import numpy as np
 from nmonnx.errors import InputError
 from nmonnx.feeds.signature import Port, Signature
 
-_ANY_SIZE = 2  # of a symbolic dimension that nothing else fixes
-
 
 @dataclass(frozen=True)
 class Past:
@@ -30,6 +28,7 @@ def make_feeds(
     capacity: int | None = None,
     rng: np.random.Generator | None = None,
     keep: int = 0,
+    size: int = 2,
 ) -> dict[str, np.ndarray]:
     """Every input of the graph for `tokens` [B, T] that follow `past` positions.
 
@@ -37,11 +36,12 @@ def make_feeds(
     lengths   real tokens of each row [B]; the rest is padding on the `pad` side, masked out
     capacity  positions that the cache arrays hold when the graph writes into a buffer instead of growing it
     keep      positions whose logits are wanted, for graphs that ask (0: all)
+    size      of symbolic dimensions that neither tokens nor cache fix
 
     Inputs unrelated to tokens (images, encoder states) are drawn from `rng`, seeded 0 when not given.
     Raises InputError when the graph's fixed sizes do not allow the shape of `tokens`.
     """
-    call = _Call(sig, np.asarray(tokens), past, lengths, pad, capacity, rng, keep)
+    call = _Call(sig, np.asarray(tokens), past, lengths, pad, capacity, rng, keep, size)
     return {port.name: call.value(port) for port in sig.inputs}
 
 
@@ -58,10 +58,11 @@ class _Call:
         capacity: int | None,
         rng: np.random.Generator | None,
         keep: int,
+        size: int,
     ) -> None:
         if tokens.ndim != 2:
             raise InputError(f"tokens must be a [batch, length] matrix, not of shape {list(tokens.shape)}")
-        self.sig, self.tokens, self.keep = sig, tokens, keep
+        self.sig, self.tokens, self.keep, self.size = sig, tokens, keep, size
         self.batch, self.length = tokens.shape
         self.past = Past(past) if isinstance(past, int) else past
         self.random_past = rng is not None
@@ -98,8 +99,8 @@ class _Call:
 
     def _size(self, dim: str | None) -> int:
         if dim is None:
-            return _ANY_SIZE
-        return self.sizes.setdefault(dim, self.batch if dim.lower() in ("batch", "batch_size") else _ANY_SIZE)
+            return self.size
+        return self.sizes.setdefault(dim, self.batch if dim.lower() in ("batch", "batch_size") else self.size)
 
     def _tokens(self, port: Port) -> np.ndarray:
         return self.tokens.astype(port.dtype)

@@ -194,7 +194,7 @@ def _plain(session: ort.InferenceSession, sig: Signature, rng: np.random.Generat
     samples = Samples()
     symbolic = any(not isinstance(d, int) for p in sig.inputs for d in p.shape)
     for size in (3, 5) if symbolic else (3,):
-        arrays = make_feeds(sig, np.zeros((size, size), np.int64), rng=rng)
+        arrays = make_feeds(sig, np.zeros((size, size), np.int64), rng=rng, size=size)
         try:
             _run(session, arrays)
         except Exception as e:
