@@ -48,7 +48,9 @@ class Model:
     repacked  new initializers made from stored weights, by name
     functions model-local functions to add
     metadata  entries to add to the model's metadata_props
-    notes     metadata_props of nodes that passes made or changed, by id(gs node)
+    notes     metadata_props that passes add to nodes, by id(gs node)
+    heirs     for a node that took the place of an original one: that one, whose metadata and doc string go on
+    shapeless tensors whose recorded shape is dropped, because something now computes with it
     """
 
     path: Path
@@ -60,6 +62,8 @@ class Model:
     functions: list[onnx.FunctionProto] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
     notes: dict[int, dict[str, str]] = field(default_factory=dict)
+    heirs: dict[int, NodeProto] = field(default_factory=dict)
+    shapeless: set[str] = field(default_factory=set)
     origin: dict[int, NodeProto] = field(default_factory=dict)
 
     @property

@@ -18,7 +18,8 @@ def weave(model: Model) -> ModelProto:
 
     1. Untouched nodes are the original protobufs, byte for byte; a node whose wiring changed keeps everything else.
     2. The order of nodes is kept; a new node stands right before its first reader. An unsorted graph comes out sorted.
-    3. Model-level fields, graph inputs and outputs, unused initializers and value infos stay.
+    3. A node that took another's place carries on its metadata and doc string.
+    4. Model-level fields, graph inputs and outputs, unused initializers and value infos stay.
     """
     proto = ModelProto()
     proto.CopyFrom(model.proto)
@@ -51,6 +52,9 @@ def _weave_graph(proto: GraphProto, graph: gs.Graph, model: Model) -> None:
     inputs = {i.name for i in proto.input}
     _keep(proto.initializer, lambda t: t.name in after or t.name not in before or t.name in inputs)
     _keep(proto.value_info, lambda v: v.name in still_made or v.name not in made)
+    for value in proto.value_info:
+        if value.name in model.shapeless:
+            value.type.tensor_type.ClearField("shape")
 
 
 def _weave_function(proto: FunctionProto, function: gs.Function, model: Model) -> None:
@@ -75,6 +79,9 @@ def _weave_node(node: gs.Node, model: Model) -> NodeProto:
         inputs, outputs = [t.name for t in node.inputs], [t.name for t in node.outputs]
         proto = helper.make_node(node.op, inputs, outputs, name=node.name, domain=node.domain)
         proto.attribute.extend(helper.make_attribute(k, v) for k, v in node.attrs.items())
+        old = model.heirs.get(id(node), NodeProto())
+        proto.doc_string = old.doc_string
+        proto.metadata_props.extend(old.metadata_props)
     for key, value in model.notes.get(id(node), {}).items():
         proto.metadata_props.add(key=key, value=value)
     return proto

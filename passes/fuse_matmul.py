@@ -25,11 +25,13 @@ class FuseMatMul:
        saved, if every reader of it is fused; otherwise a second copy would be needed and the layer stays prune-only.
     2. A weight stored as fp16 behind a Cast is read as fp16; nodes that only served the weight go away.
     3. A prune that no layer reads any more goes away.
-    4. kernel "auto" leaves patterns that keep everything prune-only, so that n = m is bit for bit the original;
-       "prune" leaves every layer prune-only.
+    4. kernel "auto" leaves prune-only what fusing would not speed up: patterns that keep everything, so that n = m is
+       bit for bit the original, and weights of fewer than `worthwhile` elements, which the cache holds anyway.
+       "fused" fuses those too; "prune" leaves every layer prune-only.
     """
 
     kernel: str = "auto"
+    worthwhile: int = 1 << 16
     name: str = "fuse-matmul"
 
     def apply(self, model: Model, sites: Sequence[Site]) -> PassResult:
@@ -58,6 +60,8 @@ class FuseMatMul:
             return "no prune stands right in front of it"
         if self.kernel == "auto" and prune.attrs["keep"] == prune.attrs["group"]:
             return "the pattern keeps every channel, so there is nothing to skip"
+        if self.kernel == "auto" and site.k * site.n < self.worthwhile:
+            return f"its weight has fewer than {self.worthwhile} elements, too few to gain from skipping rows"
         if weight.transposed and site.initializer not in repackable:
             return f"its weight {site.initializer!r} is stored as [N, K] and has other readers: no second copy is made"
         return ""
@@ -107,6 +111,7 @@ def _fuse(model: Model, names: Names, site: Site, made_by: str) -> list[gs.Node]
     fused = gs.Node("NMMatMul", old.name, attrs, inputs, outputs, domain=DOMAIN)
     position = next(i for i, node in enumerate(site.graph.nodes) if node is old)
     site.graph.nodes[position] = fused
+    model.heirs[id(fused)] = model.origin[id(old)]
     note(model, fused, made_by, [site])
     no_longer_serves(model, prune, site)
     return feeders

@@ -30,13 +30,8 @@ class Names:
 
 
 def note(model: Model, node: gs.Node, made_by: str, sites: Sequence[Site]) -> None:
-    """Record on a new node which pass made it, for which sites; a single site's own metadata is carried over."""
-    props = dict(model.props_of(sites[0].node)) if len(sites) == 1 else {}
-    model.notes[id(node)] = {
-        **props,
-        "nmonnx.pass": made_by,
-        "nmonnx.site": json.dumps([site.name for site in sites]),
-    }
+    """Record on a new node which pass made it, for which sites."""
+    model.notes[id(node)] = {"nmonnx.pass": made_by, "nmonnx.site": json.dumps([site.name for site in sites])}
 
 
 def no_longer_serves(model: Model, node: gs.Node, site: Site) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -19,32 +20,32 @@ if TYPE_CHECKING:
 def command(
     model: ModelPath,
     pattern: Annotated[
-        Optional[str],  # noqa: UP007, UP045
+        Optional[str],  # noqa: UP045
         typer.Option("--pattern", "-p", help="N:M, keep N of every M input channels. [default: 8:16]"),
     ] = None,
     output: Annotated[
-        Optional[Path],  # noqa: UP007, UP045
+        Optional[Path],  # noqa: UP045
         typer.Option("--output", "-o", help="The file to write. [default: MODEL-8x16.onnx beside the model]"),
     ] = None,
     include: Annotated[
-        Optional[list[str]],  # noqa: UP007, UP045
+        Optional[list[str]],  # noqa: UP045
         typer.Option(help="Only these layers: role (q, down), glob, re:REGEX, op:MatMul, block:0-3. Repeatable."),
     ] = None,
     exclude: Annotated[
-        Optional[list[str]],  # noqa: UP007, UP045
+        Optional[list[str]],  # noqa: UP045
         typer.Option(help="Not these layers; selectors as for --include. Repeatable."),
     ] = None,
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Prune the input of lm_head too.")] = False,
     kernel: Annotated[
-        Optional[str],  # noqa: UP007, UP045
+        Optional[str],  # noqa: UP045
         typer.Option(help="auto, fused (NMMatMul wherever possible) or prune (NMPrune only). [default: auto]"),
     ] = None,
     fallback: Annotated[
-        Optional[str],  # noqa: UP007, UP045
+        Optional[str],  # noqa: UP045
         typer.Option(help="function (runs without the library too, slower) or none. [default: function]"),
     ] = None,
     config: Annotated[
-        Optional[Path],  # noqa: UP007, UP045
+        Optional[Path],  # noqa: UP045
         typer.Option("--config", "-c", help="A recipe in YAML or JSON; flags win over it."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide and report, write nothing.")] = False,
@@ -87,6 +88,7 @@ def conversion(done: Conversion, verbose: bool = False) -> Report:
     how = " and ".join(f"{count} by {op}" for op, count in sorted(ops.items()))
     words = [f"{len(pruned)} of {len(done.records)} linear layers pruned to {done.recipe.pattern}: {how}."]
     words += [f"Left dense: {_times(n)} {op}: {why}." for (op, why), n in _why_left(left).items()]
+    words += [f"Skipped, not a linear layer: {n} {op}: {why}." for (op, why), n in _no_layers(done).items()]
     words += [f"Prune-only: {_times(n)}: {why}." for why, n in _why_not_fused(done).items()]
     words += [f"Note: {why}." for p in done.passes for where, why in p.left.items() if where == "model"]
     title = f"wrote {done.out}" if done.out else f"would convert {done.source} (dry run, nothing written)"
@@ -104,7 +106,7 @@ def conversion(done: Conversion, verbose: bool = False) -> Report:
     data = {
         "command": "convert",
         "output": str(done.out) if done.out else None,
-        "recipe": done.recipe.to_json(),
+        "recipe": json.loads(done.recipe.to_json()),
         "sites": list(done.records),
         "passes": [{"name": p.name, "changed": p.changed, "left": p.left} for p in done.passes],
     }
@@ -113,6 +115,10 @@ def conversion(done: Conversion, verbose: bool = False) -> Report:
 
 def _why_left(left: list[dict[str, Any]]) -> Counter[tuple[str, str]]:
     return Counter((r["op"], r["reason"]) for r in left)
+
+
+def _no_layers(done: Conversion) -> Counter[tuple[str, str]]:
+    return Counter((s.op, s.reason) for s in done.found.skipped if not s.linear)
 
 
 def _why_not_fused(done: Conversion) -> Counter[str]:

@@ -48,9 +48,7 @@ def _record(site: Site) -> dict[str, Any]:
 
 
 def _by_role(found: Found) -> Table:
-    groups = Counter(
-        (s.role, s.op, s.k, s.n, "NMMatMul" if s.fusable is not None else "NMPrune") for s in found.sites
-    )
+    groups = Counter((s.role, s.op, s.k, s.n, "NMMatMul" if s.fusable is not None else "NMPrune") for s in found.sites)
     rows = [(role, count, op, k, n, kernel) for (role, op, k, n, kernel), count in groups.items()]
     return table("Layers that can be pruned", ("role", "layers", "op", "K", "N", "becomes"), rows)
 

@@ -12,7 +12,7 @@ from nmonnx.report import Report, show, write
 
 ModelPath = Annotated[Path, typer.Argument(help="The model, an .onnx file.", show_default=False)]
 ReportPath = Annotated[
-    Optional[Path],  # noqa: UP007, UP045 - typer on Python 3.10 wants it spelled out
+    Optional[Path],  # noqa: UP045 - typer on Python 3.10 wants it spelled out
     typer.Option("--report", help="Also write the result as .json, .md or .html.", show_default=False),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
