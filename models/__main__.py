@@ -29,7 +29,7 @@ def export(
     words = Console(stderr=True)
     try:
         path = NAMED[source]() if source in NAMED else Path(source)
-        with Progress(console=words, transient=True) as bar:
+        with Progress(console=words, transient=True, disable=not words.is_terminal) as bar:
             task = bar.add_task(f"writing {dtype} weights", total=None)
             built = build(
                 path, output, dtype, fuse_qkv, overwrite, lambda n, of: bar.update(task, completed=n, total=of)

@@ -112,9 +112,7 @@ def test_int4_refuses_other_block_types_and_names_the_tensor(tmp_path: Path) -> 
         ({"tokenizer.ggml.model": "llama"}, "the tokenizer is 'llama'"),
     ],
 )
-def test_a_file_the_recipe_does_not_cover_is_refused(
-    changes: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_a_file_the_recipe_does_not_cover_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     file = _write_gguf(tmp_path / "m.gguf", CONFIG, weights(CONFIG), changes=changes)
     with pytest.raises(InputError, match=message):
         build(file, tmp_path / "o")

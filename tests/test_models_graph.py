@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,7 +17,7 @@ from nmonnx.graph import load
 from nmonnx.models import build
 
 Zoo = Callable[[str], Path]
-SAME_AS_ZOO = {
+SAME_AS_ZOO: dict[str, tuple[dict[str, Any], bool]] = {
     "smollm-genai-fp32": ({}, True),
     "llama-genai-fp32": ({"tie_word_embeddings": False}, True),
     "llama-genai-fp32-nofuse": ({"tie_word_embeddings": False}, False),
@@ -128,9 +129,7 @@ def test_progress_ends_at_the_size_of_all_weights(tmp_path: Path) -> None:
         ({"quantization_config": {"bits": 4}}, "quantised already"),
     ],
 )
-def test_a_model_the_recipe_does_not_cover_is_refused(
-    changes: dict[str, object], message: str, tmp_path: Path
-) -> None:
+def test_a_model_the_recipe_does_not_cover_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     write_folder(tmp_path / "hf", CONFIG | changes, weights(CONFIG))
     with pytest.raises(InputError, match=message):
         build(tmp_path / "hf", tmp_path / "out")
@@ -180,7 +179,7 @@ def test_an_unknown_dtype_or_source_is_refused(tmp_path: Path) -> None:
 
 def _build(
     folder: Path,
-    config: dict[str, object],
+    config: dict[str, Any],
     tensors: dict[str, np.ndarray] | None = None,
     dtype: str = "fp32",
     fuse_qkv: bool = False,
