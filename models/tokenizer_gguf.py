@@ -45,8 +45,10 @@ def _tokenizer(metadata: GgufMetadata) -> Tokenizer:
             f"{metadata.path}: the tokenizer is {model!r} with split {split!r}; this recipe rebuilds 'gpt2' with"
             f" {' or '.join(SPLITS)}. Put the model's own tokenizer.json beside the GGUF file"
         )
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    merges = [tuple(m.split(" ", 1)) for m in metadata.get("tokenizer.ggml.merges")]
+    tokens, merges = (metadata.get(f"tokenizer.ggml.{part}", []) for part in ("tokens", "merges"))
+    if not tokens or not merges:
+        raise InputError(f"{metadata.path} has no tokens or no merges; put the model's tokenizer.json beside it")
+    merges = [tuple(merge.split(" ", 1)) for merge in merges]
     tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = pre_tokenizers.Digits(individual_digits=True)

@@ -62,7 +62,9 @@ class SafetensorsSource:
         tensor = self._tensors[name]
         values = np.memmap(tensor.file, _DTYPES[tensor.kind], "r", tensor.offset, tensor.shape)
         if tensor.kind == "BF16":
-            return (values.astype(np.uint32) << 16).view(np.float32)
+            wide = values.astype(np.uint32)
+            wide <<= 16
+            return wide.view(np.float32)
         return values.astype(np.float32) if tensor.kind == "F64" else values
 
     def q4(self, name: str) -> Q4Blocks:

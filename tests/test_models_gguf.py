@@ -110,6 +110,7 @@ def test_int4_refuses_other_block_types_and_names_the_tensor(tmp_path: Path) -> 
         ({"llama.attention.head_count_kv": [2, 2]}, r"'attention.head_count_kv' is \[2, 2\]"),
         ({"tokenizer.ggml.pre": "qwen2"}, "split 'qwen2'"),
         ({"tokenizer.ggml.model": "llama"}, "the tokenizer is 'llama'"),
+        ({"tokenizer.ggml.merges": None}, "no tokens or no merges"),
     ],
 )
 def test_a_file_the_recipe_does_not_cover_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -162,7 +163,8 @@ def _write_gguf(
         writer.arch = changes.pop("general.architecture")
         writer.kv_data[0]["general.architecture"].value = writer.arch
     for key, value in changes.items():
-        _add(writer, key, value)
+        if value is not None:
+            _add(writer, key, value)
     for name, values in tensors.items():
         stem, leaf = name.rsplit(".", 1)
         if arch == "llama" and stem.endswith(("q_proj", "k_proj")):
