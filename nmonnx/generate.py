@@ -79,12 +79,12 @@ def generate(
     max_new_tokens: int = 64,
     sampling: Sampling | None = None,
     eos: tuple[int, ...] | None = None,
-    special: bool = False,
+    special: bool = True,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Continue `prompt` until an end token (`eos`; default: what the files beside the model say), `max_new_tokens`, or
-    the end of the model's context. `special` adds the tokenizer's own marks (a BOS) before the prompt; `on_text` gets
-    every piece of text as it is written. Raises InputError when the prompt is empty, too long, or of another
+    the end of the model's context. `special` lets the tokenizer add its own marks (often a BOS) to the prompt;
+    `on_text` gets every piece of text as it is written. Raises InputError when the prompt is empty, too long, or of another
     vocabulary than the model's."""
     ids = encode(tokenizer, prompt, special)
     if not ids.size:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ class Arg:
 
     name: str
     type: str = "tensor(int64)"
-    shape: list[int | str | None] = field(default_factory=list)
+    shape: Sequence[int | str | None] = ()
 
 
 @dataclass
@@ -126,9 +127,9 @@ def _check_sizes(sig: Signature, arrays: dict[str, np.ndarray]) -> None:
         (Arg("past_key_values.0.recurrent_state", "tensor(float)", ["b", 16, 8, 8]), "state"),
         (Arg("past_key_cross_0", "tensor(float)", ["b", 6, 1500, 64]), "other"),
         (Arg("use_cache_branch", "tensor(bool)", [1]), "use_cache"),
-        (Arg("num_logits_to_keep", shape=[]), "keep_logits"),
+        (Arg("num_logits_to_keep"), "keep_logits"),
         (Arg("seqlens_k", "tensor(int32)", ["b"]), "seqlens"),
-        (Arg("total_sequence_length", "tensor(int32)", []), "total"),
+        (Arg("total_sequence_length", "tensor(int32)"), "total"),
         (Arg("past_key_values_length", shape=[1]), "past_length"),
         (Arg("pixel_values", "tensor(float)", ["n", 3, "h", "w"]), "other"),
         (Arg("pixel_position_ids", shape=["n", 2]), "other"),
@@ -208,8 +209,8 @@ def test_a_causal_mask_hides_later_tokens_and_padding():
 
 
 def test_scalars_about_lengths_say_what_they_are_named(tmp_path):
-    inputs = [IDS, Arg("seqlens_k", "tensor(int32)", ["b"]), Arg("total_sequence_length", "tensor(int32)", [])]
-    inputs += [Arg("num_logits_to_keep", shape=[]), Arg("use_cache_branch", "tensor(bool)", [1])]
+    inputs = [IDS, Arg("seqlens_k", "tensor(int32)", ["b"]), Arg("total_sequence_length", "tensor(int32)")]
+    inputs += [Arg("num_logits_to_keep"), Arg("use_cache_branch", "tensor(bool)", [1])]
     inputs += [Arg("past_0", "tensor(float)", [2, "b", 1, "p", 4])]
     sig = signature(FakeSession(inputs, [LOGITS]))
     feeds = make_feeds(sig, np.ones((2, 3), np.int64), past=5, lengths=np.array([3, 1]), keep=1)
@@ -245,6 +246,14 @@ def test_the_decode_feed_continues_the_prompt_feed(zoo, name):
     assert feeds["decode"]["attention_mask"].shape == (1, 8)
 
 
+def test_the_unwritten_end_of_a_cache_buffer_is_zero_in_the_decode_feed(zoo):
+    path = zoo("gemma2-genai-fp32")
+    feeds = {f.name: f.arrays for f in sample_feeds(_session(path), path, _rng(), length=7)}
+    cache = feeds["decode"]["past_key_values.1.key"]
+    assert cache.shape[2] == 64
+    assert cache[:, :, :7].all() and not cache[:, :, 7:].any()
+
+
 def test_a_cache_of_a_given_length_is_random_with_a_generator_and_zero_without(zoo):
     sig = signature(_session(zoo("llama-optimum-fp32")))
     name, tokens = "past_key_values.0.key", np.ones((2, 1), np.int64)
@@ -276,16 +285,20 @@ def toy(tmp_path: Path) -> Signature:
     return signature(_session(path), path)
 
 
+def _savez(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+
+
 def _arrays(sig: Signature) -> dict[str, np.ndarray]:
     return make_feeds(sig, np.ones((1, 2), np.int64), past=3, rng=_rng())
 
 
 def test_feeds_are_read_from_archives_and_from_folders(toy, tmp_path):
     arrays = _arrays(toy)
-    np.savez(tmp_path / "one.npz", **arrays)
+    _savez(tmp_path / "one.npz", arrays)
     (tmp_path / "several").mkdir()
-    np.savez(tmp_path / "several" / "b.npz", **arrays)
-    np.savez(tmp_path / "several" / "a.npz", **arrays)
+    _savez(tmp_path / "several" / "b.npz", arrays)
+    _savez(tmp_path / "several" / "a.npz", arrays)
     (tmp_path / "loose").mkdir()
     for name, array in arrays.items():
         np.save(tmp_path / "loose" / f"{name}.npy", array)
@@ -300,7 +313,7 @@ def test_feeds_are_read_from_archives_and_from_folders(toy, tmp_path):
 def test_integers_of_another_width_are_converted_when_that_loses_nothing(toy, tmp_path):
     arrays = _arrays(toy)
     arrays["input_ids"] = arrays["input_ids"].astype(np.int32)
-    np.savez(tmp_path / "f.npz", **arrays)
+    _savez(tmp_path / "f.npz", arrays)
     assert read_feeds(tmp_path / "f.npz", toy)[0].arrays["input_ids"].dtype == np.int64
 
 
@@ -317,7 +330,7 @@ BROKEN = {
 def test_arrays_that_do_not_fit_the_graph_are_refused(toy, tmp_path, message, spoil):
     arrays = _arrays(toy)
     spoil(arrays)
-    np.savez(tmp_path / "f.npz", **arrays)
+    _savez(tmp_path / "f.npz", arrays)
     with pytest.raises(InputError) as error:
         read_feeds(tmp_path / "f.npz", toy)
     assert message in str(error.value)

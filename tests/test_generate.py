@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ LOGITS = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40).map(lam
 class Script:
     """Stands in for a decoder that writes the given tokens one after another."""
 
-    def __init__(self, tokens: list[int], vocab: int = 512, context: int | None = None, eos: tuple[int, ...] = ()):
+    def __init__(self, tokens: list[int], vocab: int, context: int | None, eos: tuple[int, ...]) -> None:
         self.tokens, self.vocab, self.context, self.seen = tokens, vocab, context, 0
         self.sig = SimpleNamespace(config=SimpleNamespace(eos=eos))
 
@@ -41,6 +42,10 @@ class Script:
         return np.eye(self.vocab, dtype=np.float32)[[self.tokens[self.at]]]
 
 
+def _script(tokens: list[int], vocab: int = 512, context: int | None = None, eos: tuple[int, ...] = ()) -> Decoder:
+    return cast(Decoder, Script(tokens, vocab, context, eos))
+
+
 @pytest.fixture(scope="module")
 def tokenizer(shared: Path):
     return load_tokenizer(shared / "models" / "stories260K")
@@ -49,7 +54,7 @@ def tokenizer(shared: Path):
 @pytest.mark.parametrize("name", CONTINUES)
 def test_greedy_text_equals_a_naive_loop_over_whole_prefixes(zoo, tokenizer, name):
     decoder = Decoder(zoo(name), threads=1)
-    result = generate(decoder, tokenizer, PROMPT, max_new_tokens=12, eos=())
+    result = generate(decoder, tokenizer, PROMPT, max_new_tokens=12, eos=(), special=False)
     ids = tokenizer.encode(PROMPT, add_special_tokens=False).ids
     for _ in range(12):
         ids.append(int(decoder.score(np.array([ids]))[0, -1].argmax()))
@@ -67,7 +72,7 @@ def test_rates_are_tokens_per_second_of_each_phase_alone():
 
 @pytest.mark.parametrize("flag, config", [((7,), ()), (None, (9, 7))])
 def test_an_end_token_ends_the_text_and_is_not_part_of_it(tokenizer, flag, config):
-    result = generate(Script([300, 301, 7, 302], eos=config), tokenizer, PROMPT, eos=flag)
+    result = generate(_script([300, 301, 7, 302], eos=config), tokenizer, PROMPT, eos=flag)
     assert (result.tokens, result.ended, result.steps) == ([300, 301], True, 2)
 
 
@@ -79,13 +84,13 @@ def test_the_end_token_comes_from_the_files_beside_the_model(zoo):
 
 @pytest.mark.parametrize("limit, written", [(0, 0), (1, 1), (3, 3)])
 def test_no_more_tokens_are_written_than_asked(tokenizer, limit, written):
-    result = generate(Script([300] * 9), tokenizer, PROMPT, max_new_tokens=limit)
+    result = generate(_script([300] * 9), tokenizer, PROMPT, max_new_tokens=limit)
     assert (len(result.tokens), result.steps) == (written, max(written - 1, 0))
 
 
 def test_the_context_ends_the_text(tokenizer):
-    prompt = len(encode(tokenizer, PROMPT))
-    result = generate(Script([300] * 9, context=prompt + 2), tokenizer, PROMPT)
+    prompt = len(encode(tokenizer, PROMPT, special=True))
+    result = generate(_script([300] * 9, context=prompt + 2), tokenizer, PROMPT)
     assert len(result.tokens) == 3  # the last one is written but not read
 
 
@@ -93,7 +98,7 @@ def test_streamed_pieces_join_to_the_text_and_never_split_a_character(tokenizer)
     ids = tokenizer.encode("na\u00efve \u732b!", add_special_tokens=False).ids
     assert any(tokenizer.decode([i]).endswith("\ufffd") for i in ids)
     pieces: list[str] = []
-    result = generate(Script([*ids, 2]), tokenizer, PROMPT, eos=(2,), on_text=pieces.append)
+    result = generate(_script([*ids, 2]), tokenizer, PROMPT, eos=(2,), on_text=pieces.append)
     assert "".join(pieces) == result.text
     assert "\u732b" in result.text and not any("\ufffd" in piece for piece in pieces)
 
@@ -154,12 +159,14 @@ def test_sampling_limits_that_mean_nothing_are_refused(wrong):
 
 def test_a_prompt_that_the_model_cannot_read_is_refused(tokenizer):
     with pytest.raises(InputError, match="prompt is empty"):
-        generate(Script([1]), tokenizer, "")
+        generate(_script([1]), tokenizer, "", special=False)
     with pytest.raises(InputError, match="tokenizer that belongs to the model"):
-        generate(Script([1], vocab=100), tokenizer, PROMPT)
+        generate(_script([1], vocab=100), tokenizer, PROMPT)
 
 
-def test_special_marks_are_added_only_when_asked(tokenizer):
+def test_special_marks_are_those_of_the_tokenizer(tokenizer):
+    assert generate(_script([300]), tokenizer, PROMPT, 1).prompt_tokens[0] == 1
+    assert generate(_script([300]), tokenizer, PROMPT, 1, special=False).prompt_tokens[0] != 1
     plain, marked = encode(tokenizer, PROMPT), encode(tokenizer, PROMPT, special=True)
     assert marked.tolist() == [1, *plain.tolist()]
     assert plain.dtype == np.int64

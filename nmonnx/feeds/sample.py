@@ -141,13 +141,21 @@ class _Plan:
 
     def _decode(self, prompt: Arrays) -> None:
         rows = self.sig.batch or 1
-        past = Past(self.length, {a: prompt[b] for a, b in self.sig.cache})
+        past = Past(self.length, {a: self._filled(a, prompt[b]) for a, b in self.sig.cache})
         if not past.values:
             self.samples.skipped.append(("decode", "no output is the next value of the cache inputs"))
             return
         if self.sig.length is None:
             self._keep("decode", lambda: self._make(self._tokens(rows, 1), past))
         self._keep("continue", lambda: self._make(self._tokens(rows, self.sig.length or self.length), past))
+
+    def _filled(self, name: str, present: np.ndarray) -> np.ndarray:
+        """The cache with zeros where a buffer larger than the text was left unwritten."""
+        port = next(p for p in self.sig.inputs if p.name == name)
+        if port.role == "past":
+            present = present.copy()
+            np.moveaxis(present, port.axis, 0)[self.length :] = 0
+        return present
 
     def _ragged(self, pad: str) -> None:
         lengths = self.rng.integers(max(1, self.length // 2), self.length, self.batch)
