@@ -84,8 +84,8 @@ def generate(
 ) -> Generation:
     """Continue `prompt` until an end token (`eos`; default: what the files beside the model say), `max_new_tokens`, or
     the end of the model's context. `special` lets the tokenizer add its own marks (often a BOS) to the prompt;
-    `on_text` gets every piece of text as it is written. Raises InputError when the prompt is empty, too long, or of another
-    vocabulary than the model's."""
+    `on_text` gets every piece of text as it is written. Raises InputError when the prompt is empty, too long, or of
+    another vocabulary than the model's."""
     ids = encode(tokenizer, prompt, special)
     if not ids.size:
         raise InputError("the prompt is empty; give at least one token")

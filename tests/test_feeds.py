@@ -116,8 +116,8 @@ def _check_sizes(sig: Signature, arrays: dict[str, np.ndarray]) -> None:
         (IDS, "tokens"),
         (Arg("decoder_input_ids", "tensor(int32)", ["b", "t"]), "tokens"),
         (Arg("attention_mask", shape=["b", "n"]), "mask"),
-        (Arg("attention_mask", "tensor(float)", ["b", 1, "t", "n"]), "causal_mask"),
-        (Arg("position_ids", shape=[3, "b", "t"]), "positions"),
+        (Arg("attention_mask", "tensor(float)", ("b", 1, "t", "n")), "causal_mask"),
+        (Arg("position_ids", shape=(3, "b", "t")), "positions"),
         (Arg("cache_position", shape=["t"]), "positions"),
         (Arg("past_key_values.0.key", "tensor(float)", ["b", 2, "p", 8]), "past"),
         (Arg("past_key_values_0_key", "tensor(float)", ["b", 2, "p", 8]), "past"),
@@ -199,7 +199,7 @@ def test_padding_is_masked_out_and_not_counted_in_positions(pad):
 
 
 def test_a_causal_mask_hides_later_tokens_and_padding():
-    mask = Arg("attention_mask", "tensor(float)", ["b", 1, "t", "n"])
+    mask = Arg("attention_mask", "tensor(float)", ("b", 1, "t", "n"))
     past = Arg("past_0", "tensor(float)", [2, "b", 1, "p", 4])
     sig = signature(FakeSession([IDS, mask, past], [LOGITS]))
     feeds = make_feeds(sig, np.ones((1, 3), np.int64), past=1, lengths=np.array([2]))
