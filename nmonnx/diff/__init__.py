@@ -19,7 +19,7 @@ from nmonnx.diff.edits import (
     ValueEdit,
 )
 from nmonnx.diff.fold import Fold, fold
-from nmonnx.diff.render import to_json, to_text
+from nmonnx.diff.render import to_data, to_json, to_text
 from nmonnx.graph import read_skeleton
 from nmonnx.tensors import TensorReader
 
@@ -38,6 +38,7 @@ __all__ = [
     "ValueEdit",
     "diff",
     "fold",
+    "to_data",
     "to_json",
     "to_text",
 ]

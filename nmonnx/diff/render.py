@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import onnx
-
-import nmonnx
 from nmonnx.diff.edits import Edit
 from nmonnx.diff.fold import Fold, fold
-
-SCHEMA_VERSION = 1
 
 _SIGNS = {"added": "+", "removed": "-", "changed": "~"}
 _LONGEST = 160
@@ -30,13 +24,9 @@ def to_text(edits: Sequence[Edit], places: int = 3) -> str:
     return "\n".join(_line(f, places) for f in fold(edits))
 
 
-def to_json(edits: Sequence[Edit], path_a: str | Path, path_b: str | Path) -> str:
-    """The edits and their folds with schema and tool versions and the SHA-256 of the two .onnx files (of their
-    external data the names and sizes stand in no digest: changed weights are edits)."""
-    document = {
-        "schema_version": SCHEMA_VERSION,
-        "versions": {"nmonnx": nmonnx.__version__, "onnx": onnx.__version__},
-        "inputs": {side: {"path": str(p), "sha256": file_sha256(p)} for side, p in (("a", path_a), ("b", path_b))},
+def to_data(edits: Sequence[Edit]) -> dict[str, Any]:
+    """The edits and their folds as JSON values."""
+    return {
         "identical": not edits,
         "folds": [
             {"kind": f.kind, "change": f.change, "what": f.what, "where": f.where, "layers": f.layers, "count": f.count}
@@ -44,16 +34,14 @@ def to_json(edits: Sequence[Edit], path_a: str | Path, path_b: str | Path) -> st
         ],
         "edits": [{"kind": e.kind, "change": e.change, **asdict(e)} for e in edits],
     }
-    return json.dumps(document, indent=1, ensure_ascii=False)
 
 
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of the bytes of a file, streamed."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 22):
-            sha.update(piece)
-    return sha.hexdigest()
+def to_json(edits: Sequence[Edit], path_a: str | Path, path_b: str | Path) -> str:
+    """`to_data` with schema version, versions of the tools and SHA-256 of the two .onnx files."""
+    from nmonnx import report
+
+    inputs = (Path(path_a), Path(path_b))
+    return report.to_json(report.Report(f"{path_a} against {path_b}", data=to_data(edits), inputs=inputs))
 
 
 def _line(group: Fold, places: int) -> str:

@@ -1,0 +1,128 @@
+"""Compare what two language models write and how well they predict a text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nmonnx.decoder import Decoder
+from nmonnx.errors import InputError, RunError, UsageError
+from nmonnx.perplexity import Perplexity, perplexity
+from nmonnx.text import encode
+from nmonnx.validate.result import Check, LanguageRecord, Thresholds, at_least, at_most
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+    from tokenizers import Tokenizer
+
+_PROMPTS, _PROMPT_LENGTH = 4, 16
+
+
+@dataclass(frozen=True)
+class Task:
+    """What both models are asked: continue prompts greedily by `new_tokens`, and, when `text` holds token ids, predict
+    it in at most `max_windows` windows of `window` tokens. Without a text the prompts are random tokens."""
+
+    text: np.ndarray | None
+    new_tokens: int
+    window: int
+    max_windows: int | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one model did; `reason` says why something could not be done."""
+
+    written: np.ndarray | None = None
+    ppl: Perplexity | None = None
+    reason: str = ""
+
+
+def make_task(
+    tokenizer: Tokenizer | None, text: str | None, new_tokens: int, window: int, max_windows: int | None, seed: int
+) -> Task:
+    """Raises UsageError when a text comes without a tokenizer."""
+    if text is not None and tokenizer is None:
+        raise UsageError("a text was given without a tokenizer; give the tokenizer.json of the model too")
+    tokens = encode(tokenizer, text) if tokenizer is not None and text is not None else None
+    return Task(tokens, new_tokens, window, max_windows, seed)
+
+
+def ask(session: ort.InferenceSession, path: Path, task: Task) -> Answer:
+    """Give the task to a model; one that is no decoder answers with the reason."""
+    try:
+        decoder = Decoder(session, path=path)
+        written = _continue(decoder, task) if task.new_tokens else None
+    except (InputError, RunError) as e:
+        return Answer(reason=str(e))
+    if task.text is None:
+        return Answer(written)
+    window = min(task.window, decoder.context or task.window)
+    return Answer(written, perplexity(decoder, task.text, window, max_windows=task.max_windows))
+
+
+def compare_answers(old: Answer, new: Answer, task: Task, limits: Thresholds) -> tuple[LanguageRecord, list[Check]]:
+    record, checks = LanguageRecord(), []
+    if old.written is not None and new.written is not None:
+        count, length = old.written.shape
+        share = float(_equal_prefix(old.written, new.written).mean() / length)
+        record = replace(record, greedy=share, prompts=count, new_tokens=length)
+        detail = f"of {length} tokens, up to the first difference, mean of {count} prompts"
+        checks.append(at_least("greedy continuation is equal", share, limits.greedy, detail))
+    if old.ppl is not None and new.ppl is not None:
+        steps = np.subtract(new.ppl.window_nll, old.ppl.window_nll)
+        error = float(steps.std(ddof=1) / math.sqrt(len(steps))) if len(steps) > 1 else None
+        record = replace(
+            record,
+            ppl_original=old.ppl.ppl,
+            ppl_converted=new.ppl.ppl,
+            ppl_error=error,
+            protocol=new.ppl.protocol,
+        )
+        ratio = math.exp(min(new.ppl.nll - old.ppl.nll, 700.0))
+        detail = f"{old.ppl.ppl:.4g} -> {new.ppl.ppl:.4g}; {new.ppl.protocol}"
+        checks.append(at_most("perplexity ratio", ratio, limits.ppl_ratio, detail))
+    return record, checks + list(_unmet(record, limits))
+
+
+def _unmet(record: LanguageRecord, limits: Thresholds) -> Iterator[Check]:
+    """A limit on what could not be measured is a failure, not a pass."""
+    if limits.greedy is not None and record.greedy is None:
+        yield Check("greedy continuation is equal", math.nan, limits.greedy, False, "not measured")
+    if limits.ppl_ratio is not None and record.ppl_original is None:
+        yield Check("perplexity ratio", math.nan, limits.ppl_ratio, False, "not measured: give a tokenizer and a text")
+
+
+def _continue(decoder: Decoder, task: Task) -> np.ndarray:
+    """Greedy continuations [prompts, new tokens]."""
+    prompts = _prompts(decoder, task)
+    room = task.new_tokens if decoder.context is None else decoder.context - prompts.shape[1]
+    if room < 1:
+        raise InputError(f"the model sees {decoder.context} tokens, which leaves no room for a continuation")
+    picked = decoder.prefill(prompts).argmax(axis=-1)
+    written = [picked]
+    for _ in range(min(task.new_tokens, room) - 1):
+        picked = decoder.step(picked).argmax(axis=-1)
+        written.append(picked)
+    return np.stack(written, axis=1)
+
+
+def _prompts(decoder: Decoder, task: Task) -> np.ndarray:
+    """Pieces of the text, evenly spread, or random tokens: [prompts, length]."""
+    count = decoder.sig.batch or _PROMPTS
+    length = decoder.sig.length or min(_PROMPT_LENGTH, max(1, (decoder.context or _PROMPT_LENGTH * 2) // 2))
+    if task.text is None or len(task.text) < length:
+        return np.random.default_rng(task.seed).integers(0, decoder.vocab, (count, length))
+    starts = np.linspace(0, len(task.text) - length, count).astype(int)
+    return np.stack([task.text[start : start + length] for start in starts])
+
+
+def _equal_prefix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """How many tokens of each row are equal before the first difference."""
+    return (np.cumsum(a != b, axis=1) == 0).sum(axis=1)

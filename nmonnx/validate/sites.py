@@ -1,0 +1,257 @@
+"""Measure every pruned layer on its own: what it keeps, its error, and that its op does what the reference says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from onnx import NodeProto
+
+from nmonnx.errors import InputError
+from nmonnx.feeds import Feed
+from nmonnx.metrics import relative
+from nmonnx.pattern import Pattern
+from nmonnx.reference import prune
+from nmonnx.sites import Site
+from nmonnx.validate.claims import Claim
+from nmonnx.validate.pair import Pair
+from nmonnx.validate.result import Check, SiteRecord, counted
+from nmonnx.validate.taps import Tapped
+
+_AT_ONCE = 128
+"""Layers whose tensors are fetched in one run; bounds memory."""
+
+_ROWS = 64
+"""Rows of an activation that are multiplied with the weight; bounds time."""
+
+_LARGEST_WEIGHT = 1 << 28
+"""Weights with more elements than this are not multiplied again."""
+
+
+def measure_sites(
+    pair: Pair, sites: Sequence[Site], feeds: Sequence[Feed], threads: int
+) -> tuple[list[SiteRecord], list[Check]]:
+    """A record for every claimed layer, and checks that each op computes what the reference does on the activation
+    that it saw. `sites` are those of the original, for their weights. Raises RunError when a model does not run."""
+    probes = [_probe(pair, claim) for claim in pair.claims.sites]
+    tapped = [p for p in probes if p.node is not None]
+    if tapped and feeds:
+        _run(pair, tapped, feeds, threads)
+        weights = {site.name: site for site in sites}
+        for probe in tapped:
+            _multiply(pair, probe, weights.get(probe.claim.name))
+    return [_record(p) for p in probes], _checks(tapped) if feeds else []
+
+
+@dataclass
+class _Probe:
+    """One layer, and sums over what was seen of it. `before` are rows of the original's activation, `after` pairs of
+    rows of the converted model's activation and output."""
+
+    claim: Claim
+    node: NodeProto | None
+    note: str = ""
+    options: dict[str, np.ndarray] = field(default_factory=dict)
+    tokens: int = 0
+    energy: float = 0.0
+    kept: float = 0.0
+    elements: int = 0
+    nonzero: int = 0
+    wrong_groups: int = 0
+    wrong_values: int = 0
+    signal: float = 0.0
+    drift: float = 0.0
+    compares_outputs: bool = False
+    before: list[np.ndarray] = field(default_factory=list)
+    after: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    error: float | None = None
+    excess: float | None = None
+
+    @property
+    def pattern(self) -> Pattern:
+        return Pattern.parse(self.claim.pattern)
+
+    @property
+    def fused(self) -> bool:
+        return self.claim.kernel == "NMMatMul"
+
+    def prune(self, x: np.ndarray) -> np.ndarray:
+        return prune(x, self.pattern.n, self.pattern.m, **self.options)
+
+    def names(self) -> tuple[list[str], list[str]]:
+        """Tensors to tap in the original and in the converted model."""
+        assert self.node is not None
+        names = [self.claim.activation, self.claim.output]
+        return names, names if self.fused else [*names, self.node.output[0]]
+
+
+def _probe(pair: Pair, claim: Claim) -> _Probe:
+    if not claim.pruned:
+        return _Probe(claim, None)
+    if claim.scope or not (start := pair.new.find("", claim.activation)) or not pair.new.find("", claim.output):
+        return _Probe(claim, None, "inside a subgraph or function, whose tensors cannot be seen from outside")
+    end = (claim.scope, claim.output)
+    ops = list(pair.new.trail(end, start).own.values())
+    if len(ops) != 1:
+        return _Probe(claim, None, "it has no op of its own")
+    inputs = pair.inputs_of("", ops[0])
+    constants = {slot: pair.constant(inputs[slot]) for slot in ("scale", "shift", "order") if slot in inputs}
+    return _Probe(claim, ops[0], options={k: v for k, v in constants.items() if v is not None})
+
+
+def _run(pair: Pair, probes: Sequence[_Probe], feeds: Sequence[Feed], threads: int) -> None:
+    names = [p.names() for p in probes]
+    old = Tapped(pair.in_before.path, pair.before, pair.in_before, (n for a, _ in names for n in a), threads)
+    new = Tapped(pair.in_after.path, pair.after, pair.in_after, (n for _, b in names for n in b), threads)
+    for feed in feeds:
+        for group in _batches(probes):
+            before = old.run(feed.arrays, [n for p in group for n in p.names()[0]])
+            after = new.run(feed.arrays, [n for p in group for n in p.names()[1]])
+            for probe in group:
+                _see(probe, before, after)
+
+
+def _see(probe: _Probe, before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> None:
+    claim = probe.claim
+    x = before[claim.activation]
+    if x.ndim == 0 or x.shape[-1] != claim.k:
+        probe.note = f"its activation has shape {list(x.shape)}, not {claim.k} channels in the last axis"
+        return
+    x = x.reshape(-1, claim.k)
+    probe.tokens += len(x)
+    kept = probe.prune(x)
+    probe.energy += _square(x)
+    probe.kept += _square(kept)
+    probe.before.append(_sample(x))
+    _see_outputs(probe, before[claim.output], after[claim.output])
+    _see_op(probe, after)
+
+
+def _see_outputs(probe: _Probe, old: np.ndarray, new: np.ndarray) -> None:
+    if old.dtype.kind == "f" and old.shape == new.shape:
+        probe.compares_outputs = True
+        probe.signal += _square(old)
+        probe.drift += _square(new.astype(np.float64) - old)
+
+
+def _see_op(probe: _Probe, after: Mapping[str, np.ndarray]) -> None:
+    assert probe.node is not None
+    x = after[probe.claim.activation].reshape(-1, probe.claim.k)
+    want = probe.prune(x)
+    got = want if probe.fused else after[probe.node.output[0]].reshape(-1, probe.claim.k)
+    probe.elements += got.size
+    probe.nonzero += int(np.count_nonzero(got))
+    if probe.fused:
+        y = after[probe.claim.output]
+        rows = y.reshape(len(x), -1)
+        probe.after.append((_sample(x), _sample(rows)))
+        return
+    probe.wrong_values += int((~_same(got, want)).sum())
+    order = probe.options.get("order")
+    probe.wrong_groups += _wrong_groups(
+        x if order is None else x[:, order], got if order is None else got[:, order], probe.pattern
+    )
+
+
+def _wrong_groups(x: np.ndarray, pruned: np.ndarray, pattern: Pattern) -> int:
+    """Groups that do not keep exactly n non-zero values, or all of them where the activation has fewer."""
+    starts = np.arange(0, x.shape[1], pattern.m)
+    if not x.size:
+        return 0
+    had, has = (np.add.reduceat(a != 0, starts, axis=1, dtype=np.int64) for a in (x, pruned))
+    return int((has != np.minimum(had, pattern.n)).sum())
+
+
+def _multiply(pair: Pair, probe: _Probe, site: Site | None) -> None:
+    """The layer's own error, and for a fused op how far its output is beyond rounding, on some rows."""
+    claim = probe.claim
+    if site is None or not probe.tokens or claim.k * claim.n > _LARGEST_WEIGHT:
+        return
+    try:
+        weight = site.weight()
+    except InputError as e:
+        probe.note = str(e)
+        return
+    if weight.shape != (claim.k, claim.n):
+        probe.note = f"its weight has shape {list(weight.shape)}"
+        return
+    x = np.concatenate(probe.before)[:_ROWS].astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        lost, whole = (np.linalg.norm(rows.astype(np.float64)) for rows in ((x - probe.prune(x)) @ weight, x @ weight))
+    probe.error = relative(float(lost), float(whole))
+    if probe.fused:
+        probe.excess = _excess(pair, probe, weight)
+
+
+def _excess(pair: Pair, probe: _Probe, weight: np.ndarray) -> float:
+    """Largest |y - reference| in units of what rounding explains: float32 sums in any order, and the rounding of y."""
+    assert probe.node is not None
+    inputs = pair.inputs_of("", probe.node)
+    stored = pair.constant(inputs["bias"]) if "bias" in inputs else None
+    bias = np.zeros(1) if stored is None else stored.astype(np.float64)
+    x, y = (np.concatenate(part)[:_ROWS] for part in zip(*probe.after, strict=True))
+    pruned = probe.prune(x).astype(np.float64)
+    want = pruned @ weight + bias
+    bound = np.abs(pruned) @ np.abs(weight) + np.abs(bias)
+    unit = np.finfo(y.dtype).eps + (probe.claim.k + 1) * np.finfo(np.float32).eps
+    wrong = ~np.isfinite(want) & ~_same(want.astype(y.dtype), y)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = np.where(y == want, 0.0, np.abs(y - want) / (unit * bound))
+    ratio = np.where(np.isfinite(want), ratio, np.where(wrong, np.inf, 0.0))
+    return float(np.nan_to_num(ratio, nan=np.inf).max(initial=0.0))
+
+
+def _checks(probes: Sequence[_Probe]) -> list[Check]:
+    seen = [p for p in probes if p.tokens]
+    alone, fused = [p for p in seen if not p.fused], [p for p in seen if p.excess is not None]
+    values = [f"{p.claim.name!r}: {p.wrong_values} values differ" for p in alone if p.wrong_values]
+    groups = [f"{p.claim.name!r}: {p.wrong_groups} groups" for p in alone if p.wrong_groups]
+    products = [f"{p.claim.name!r}: {p.excess:.3g} times what rounding explains" for p in fused if _is_beyond(p.excess)]
+    return [
+        counted("pruned activations equal the reference bit for bit", len(alone), values, "layers with NMPrune"),
+        counted("every group keeps exactly N of its non-zero values", len(alone), groups, "layers with NMPrune"),
+        counted("fused layers equal the reference up to rounding", len(fused), products, "layers with NMMatMul"),
+    ]
+
+
+def _is_beyond(excess: float | None) -> bool:
+    return excess is not None and excess > 1
+
+
+def _record(probe: _Probe) -> SiteRecord:
+    c = probe.claim
+    record = SiteRecord(c.name, c.role, c.block, c.k, c.n, c.status, c.pattern, c.kernel, c.reason, note=probe.note)
+    if not probe.tokens:
+        return record
+    return replace(
+        record,
+        tokens=probe.tokens,
+        kept_energy=probe.kept / probe.energy if probe.energy else 1.0,
+        density=probe.nonzero / probe.elements if probe.elements else None,
+        error=probe.error,
+        error_propagated=relative(math.sqrt(probe.drift), math.sqrt(probe.signal)) if probe.compares_outputs else None,
+    )
+
+
+def _square(x: np.ndarray) -> float:
+    """Sum of squares of the finite values."""
+    wide = x.astype(np.float64).reshape(-1)
+    wide = wide[np.isfinite(wide)]
+    return float(wide @ wide)
+
+
+def _sample(rows: np.ndarray) -> np.ndarray:
+    """Some rows, evenly spread."""
+    step = max(1, len(rows) // (_ROWS // 4))
+    return rows[::step][: _ROWS // 4].copy()
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Equal in value and sign of zero, or both NaN."""
+    return ((a == b) & (np.signbit(a) == np.signbit(b))) | (np.isnan(a) & np.isnan(b))
+
+
+def _batches(probes: Sequence[_Probe]) -> Iterator[Sequence[_Probe]]:
+    return (probes[i : i + _AT_ONCE] for i in range(0, len(probes), _AT_ONCE))

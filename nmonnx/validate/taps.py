@@ -1,0 +1,87 @@
+"""Run a model and see its inner tensors, without a copy of its weights and without a file of our own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from onnx import ModelProto
+
+from nmonnx.errors import RunError
+from nmonnx.feeds.sample import explain
+from nmonnx.tensors import TensorReader, all_tensors, is_external
+
+_FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
+_FOLDER_OPTION_SINCE = (1, 21)
+
+
+class Tapped:
+    """A session in which chosen tensors of the main graph are outputs too.
+
+    The skeleton goes to ONNX Runtime as bytes and names the user's own data files, resolved through links, which it
+    maps; nothing is optimised and nothing is packed, so that memory stays flat and tensors are those of the file.
+    """
+
+    def __init__(self, path: Path, proto: ModelProto, reader: TensorReader, names: Iterable[str], threads: int) -> None:
+        """Raises RunError when ONNX Runtime refuses the model."""
+        import onnxruntime
+
+        self._path = path
+        self._inputs = {i.name for i in proto.graph.input}
+        copy = ModelProto()
+        copy.CopyFrom(proto)
+        outputs = {o.name for o in copy.graph.output}
+        for name in dict.fromkeys(names):
+            if name not in outputs and name not in self._inputs:
+                copy.graph.output.add(name=name)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 4
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        root = _data_root(onnxruntime.__version__)
+        if root == Path(root.anchor):
+            options.add_session_config_entry(_FOLDER_OPTION, str(root))
+        _point_at_files(copy, reader, root)
+        _register(options)
+        try:
+            serialized = copy.SerializeToString()
+            self._session = onnxruntime.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
+        except Exception as e:
+            raise RunError(f"{path} with its inner tensors as outputs does not load: {explain(e)}") from e
+
+    def run(self, arrays: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
+        """The values of tapped tensors (and graph inputs) for one feed. Raises RunError."""
+        wanted = [n for n in dict.fromkeys(names) if n not in self._inputs]
+        try:
+            values = self._session.run(wanted, dict(arrays)) if wanted else []
+        except Exception as e:
+            raise RunError(f"{self._path} failed while it ran: {explain(e)}") from e
+        return {**{n: arrays[n] for n in names if n in self._inputs}, **dict(zip(wanted, values, strict=True))}
+
+
+def _data_root(version: str) -> Path:
+    """The folder that ONNX Runtime takes data locations of a model given as bytes from: one that we name (the root,
+    so that any file can be named), in older releases the current one."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    here = Path(os.getcwd())
+    return Path(here.anchor) if (major, minor) >= _FOLDER_OPTION_SINCE else here
+
+
+def _point_at_files(proto: ModelProto, reader: TensorReader, root: Path) -> None:
+    for tensor in all_tensors(proto):
+        if is_external(tensor):
+            file, _, _ = reader.span(tensor)
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = os.path.relpath(file, root)
+
+
+def _register(options) -> None:  # type: ignore[no-untyped-def]
+    try:
+        from nmonnx.library import register
+    except ImportError:
+        return
+    register(options)
