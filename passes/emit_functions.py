@@ -32,7 +32,8 @@ class EmitFunctions:
     2. The bodies use the model's own opset and only stock ops; kept values pass bit for bit, ties go to the lowest
        index, NaN ranks above infinity.
     3. A body cannot ask whether an optional input is there: once one `NMMatMul` has a bias, every one gets one.
-    4. The bodies compute with the shape of the activation, so what value_info says of it, true or stale, is dropped.
+    4. The bodies compute with the shape of the activation; where value_info fixes it to numbers, which ONNX Runtime
+       would believe even if they are stale, that claim is dropped.
     5. Left out, with the reason, below opset 9, and below opset 13 if the patterns differ or (below 10) a row has a
        tail: those opsets cannot express it.
     """
@@ -58,7 +59,7 @@ class EmitFunctions:
             "NMMatMul": matmul_function(model.opset, patterns[0], tail, has_bias),
         }
         model.functions.extend(onnx.parser.parse_function(bodies[op]) for op in ops)
-        model.shapeless.update(site.activation.name for site in sites)
+        model.shapeless.update(site.activation.name for site in sites if _claims_sizes(site))
         return PassResult(self.name, len(ops))
 
 
@@ -188,6 +189,11 @@ def _refusal(opset: int, patterns: int, tail: bool) -> str:
     if opset < SLICE_OPSET and tail:
         return f"opset {opset} cannot express a tail group in a fallback function; {SLICE_OPSET} can"
     return ""
+
+
+def _claims_sizes(site: Site) -> bool:
+    shape = site.activation.shape
+    return shape is not None and (not shape or shape[-1] != site.k or any(isinstance(d, int) for d in shape[:-1]))
 
 
 def _custom_nodes(model: Model) -> Iterator[gs.Node]:

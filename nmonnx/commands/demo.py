@@ -1,2 +1,80 @@
-def command() -> None:
-    """."""
+"""`nmonnx demo`: the main job on a real language model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+from rich.console import Console
+
+from nmonnx.commands.options import ReportPath, Threads, tell
+from nmonnx.report import Report, check_format, table
+
+if TYPE_CHECKING:
+    from nmonnx.demo import Demo
+
+
+def command(
+    pattern: Annotated[str, typer.Option("--pattern", "-p", help="N:M, keep N of every M input channels.")] = "8:16",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the models.")] = Path("nmonnx-demo"),
+    text: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Text for the perplexity. [default: a chapter of Northanger Abbey]"),
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 1024 tokens of it.")] = 4,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")] = "The three most important inventions are",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to write.")] = 48,
+    threads: Threads = 0,
+    report: ReportPath = None,
+) -> None:
+    """Convert, validate and run SmolLM2-135M-Instruct (Apache-2.0), dense beside sparse."""
+    from nmonnx.demo import run
+    from nmonnx.pattern import Pattern
+    from nmonnx.recipe import Recipe
+
+    check_format(report)
+    recipe = Recipe(Pattern.parse(pattern))
+    output.mkdir(parents=True, exist_ok=True)
+    done = run(output, recipe, text, windows, prompt, max_new_tokens, threads, Console(stderr=True))
+    tell(demonstration(done, prompt), report)
+
+
+def demonstration(done: Demo, prompt: str) -> Report:
+    """Dense beside sparse, line by line."""
+    dense, sparse = done.dense_perplexity, done.sparse_perplexity
+    pruned = [r for r in done.conversion.records if r["status"] == "pruned"]
+    rows = [
+        ("linear layers pruned", 0, f"{len(pruned)} of {len(done.conversion.records)}"),
+        ("perplexity", f"{dense.ppl:.2f}", f"{sparse.ppl:.2f}"),
+        ("decode, tokens/s", f"{done.speed.dense:.1f}", f"{done.speed.sparse:.1f}"),
+        ("prompt, tokens/s", f"{done.dense_text.prefill_rate:.1f}", f"{done.sparse_text.prefill_rate:.1f}"),
+    ]
+    failed = [c.name for c in done.validation.checks if not c.passed]
+    words = (
+        f"Perplexity: {dense.protocol}.",
+        f"Decode time, sparse over dense: {done.speed.ratio:.2f} (median of {done.speed.rounds} paired rounds).",
+        f"Validation: {len(done.validation.checks)} checks, "
+        + (f"failed: {', '.join(failed)}." if failed else "all invariants hold."),
+        "Magnitude pruning alone costs a model this small much of its quality; larger models lose less.",
+        "",
+        f"dense:  {prompt}{done.dense_text.text}",
+        "",
+        f"sparse: {prompt}{done.sparse_text.text}",
+        "",
+        f"The models are {done.dense} and {done.sparse}; try for example:",
+        f"  nmonnx validate {done.dense} {done.sparse}",
+        f"  nmonnx diff {done.dense} {done.sparse}",
+        f'  nmonnx generate {done.sparse} --prompt "Once upon a time"',
+    )
+    title = f"SmolLM2-135M-Instruct, dense beside {done.conversion.recipe.pattern}"
+    shown = table(title, ("", "dense", "sparse"), rows)
+    data = {
+        "command": "demo",
+        "pattern": str(done.conversion.recipe.pattern),
+        "perplexity": {"dense": dense.ppl, "sparse": sparse.ppl, "protocol": dense.protocol},
+        "decode": {"dense": done.speed.dense, "sparse": done.speed.sparse, "ratio": done.speed.ratio},
+        "text": {"prompt": prompt, "dense": done.dense_text.text, "sparse": done.sparse_text.text},
+        "models": {"dense": str(done.dense), "sparse": str(done.sparse)},
+    }
+    return Report(title, words, (shown,), data, (done.dense, done.sparse))

@@ -20,9 +20,14 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="One line for eve
 Threads = Annotated[int, typer.Option(min=0, help="Intra-op threads; 0: ONNX Runtime decides.")]
 
 
+WIDTH = 140
+"""Columns where there is no terminal to ask."""
+
+
 def tell(report: Report, path: Path | None, quiet: bool = False) -> None:
     """Show the report on stdout and write it to `path`."""
     if not quiet:
-        show(report, Console())
+        console = Console()
+        show(report, console if console.is_terminal else Console(width=WIDTH))
     if path is not None:
         write(report, path)

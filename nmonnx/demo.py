@@ -1,0 +1,115 @@
+"""The main job on a real language model: SmolLM2-135M built, converted, validated, measured and run."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nmonnx.convert import Conversion, convert
+from nmonnx.decoder import Decoder
+from nmonnx.generate import Generation, generate
+from nmonnx.models import build
+from nmonnx.models.smollm2 import find_smollm2
+from nmonnx.perplexity import Perplexity, perplexity
+from nmonnx.recipe import Recipe
+from nmonnx.text import encode, load_tokenizer, read_text
+from nmonnx.validate import Report as Validation
+from nmonnx.validate import validate
+
+BUNDLED_TEXT = "northanger_abbey.txt"
+Step = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Decode tokens per second of the dense and the sparse model, and the median ratio of their times, from rounds
+    that alternate between the two; below 1 the sparse model is faster."""
+
+    dense: float
+    sparse: float
+    ratio: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Everything the demo made and measured."""
+
+    dense: Path
+    sparse: Path
+    conversion: Conversion
+    validation: Validation
+    dense_perplexity: Perplexity
+    sparse_perplexity: Perplexity
+    dense_text: Generation
+    sparse_text: Generation
+    speed: Speed
+
+
+def run(
+    folder: Path, recipe: Recipe, text: Path | None, windows: int, prompt: str, tokens: int, threads: int, words: Console
+) -> Demo:
+    """Build SmolLM2-135M-Instruct into `folder` (kept if it is there already), convert it, and compare the two.
+
+    Raises InputError when the weights or the text are not there, and what the steps raise.
+    """
+    dense = folder / "model.onnx"
+    if not dense.exists():
+        with _bar(words, "writing the fp32 model") as step:
+            build(find_smollm2(), folder, progress=step)
+    sparse = folder / f"model-{str(recipe.pattern).replace(':', 'x')}.onnx"
+    conversion = convert(dense, sparse, recipe, overwrite=True)
+    with words.status("validating"):
+        validation = validate(dense, sparse, threads=threads)
+    tokenizer = load_tokenizer(beside=dense)
+    ids = encode(tokenizer, read_text(text or Path(str(files("nmonnx.models") / BUNDLED_TEXT))))
+    pair = (Decoder(dense, threads=threads), Decoder(sparse, threads=threads))
+    measured = []
+    for name, decoder in zip(("dense", "sparse"), pair, strict=True):
+        with _bar(words, f"perplexity, {name}") as step:
+            measured.append(perplexity(decoder, ids, window=1024, max_windows=windows, progress=step))
+    texts = [generate(decoder, tokenizer, prompt, tokens) for decoder in pair]
+    with _bar(words, "decode speed, dense beside sparse") as step:
+        speed = decode_speed(*pair, ids[:64], steps=24, rounds=9, step=step)
+    return Demo(dense, sparse, conversion, validation, measured[0], measured[1], texts[0], texts[1], speed)
+
+
+def decode_speed(
+    dense: Decoder, sparse: Decoder, prompt: np.ndarray, steps: int, rounds: int, step: Step | None = None
+) -> Speed:
+    """Decode `steps` tokens after `prompt` with each model in turn, `rounds` times; medians over the rounds."""
+    seconds: list[tuple[float, float]] = []
+    for index in range(rounds):
+        first, second = _decode_seconds(dense, prompt, steps), _decode_seconds(sparse, prompt, steps)
+        seconds.append((first, second))
+        if step:
+            step(index + 1, rounds)
+    ratio = statistics.median(b / a for a, b in seconds)
+    rates = [steps / statistics.median(column) for column in zip(*seconds, strict=True)]
+    return Speed(rates[0], rates[1], ratio, rounds)
+
+
+def _decode_seconds(decoder: Decoder, prompt: np.ndarray, steps: int) -> float:
+    import time
+
+    logits = decoder.prefill(prompt[None])
+    start = time.perf_counter()
+    for _ in range(steps):
+        logits = decoder.step(logits.argmax(-1))
+    return time.perf_counter() - start
+
+
+@contextmanager
+def _bar(words: Console, title: str) -> Iterator[Step]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeRemainingColumn())
+    with Progress(*columns, console=words) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
