@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
-import toy_decoders
 from conftest import SHARED
 
 from nmonnx.errors import InputError, RunError
-from nmonnx.feeds import Past, make_feeds, plan_feeds, read_feeds, sample_feeds, signature, vocabulary
+from nmonnx.feeds import Past, make_feeds, plan_feeds, sample_feeds, signature, vocabulary
 from nmonnx.feeds.signature import Port, Signature
 
 ZOO = sorted(str(p.relative_to(SHARED / "zoo")) for p in (SHARED / "zoo").rglob("*.onnx"))
@@ -149,7 +148,7 @@ def test_the_only_integer_matrix_of_an_unnamed_graph_is_the_tokens():
 
 
 def test_past_and_present_are_paired_by_name_whatever_their_order():
-    shape = ["b", 2, "p", 8]
+    shape = ("b", 2, "p", 8)
     pasts = [Arg(f"past_key_values.{i}.{k}", "tensor(float)", shape) for k in ("key", "value") for i in (0, 1, 10)]
     presents = [Arg(f"present.{i}.{k}", "tensor(float)", shape) for i in (10, 1, 0) for k in ("value", "key")]
     sig = signature(FakeSession([IDS, *pasts], [LOGITS, *presents]))
@@ -277,73 +276,6 @@ def test_a_graph_without_tokens_gets_random_arrays_of_two_sizes(tmp_path):
     onnx.save(onnx.parser.parse_model(text), tmp_path / "relu.onnx")
     feeds = sample_feeds(_session(tmp_path / "relu.onnx"), tmp_path / "relu.onnx", _rng())
     assert [f.arrays["x"].shape for f in feeds] == [(3, 4), (5, 4)]
-
-
-@pytest.fixture
-def toy(tmp_path: Path) -> Signature:
-    path = toy_decoders.split_cache(tmp_path / "toy.onnx", {"ids": "input_ids", "nk": "present_k", "nv": "present_v"})
-    return signature(_session(path), path)
-
-
-def _savez(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    np.savez(path, **arrays)  # type: ignore[arg-type]
-
-
-def _arrays(sig: Signature) -> dict[str, np.ndarray]:
-    return make_feeds(sig, np.ones((1, 2), np.int64), past=3, rng=_rng())
-
-
-def test_feeds_are_read_from_archives_and_from_folders(toy, tmp_path):
-    arrays = _arrays(toy)
-    _savez(tmp_path / "one.npz", arrays)
-    (tmp_path / "several").mkdir()
-    _savez(tmp_path / "several" / "b.npz", arrays)
-    _savez(tmp_path / "several" / "a.npz", arrays)
-    (tmp_path / "loose").mkdir()
-    for name, array in arrays.items():
-        np.save(tmp_path / "loose" / f"{name}.npy", array)
-    expected = {"one.npz": ["one"], "several": ["a", "b"], "loose": ["loose"]}
-    for where, names in expected.items():
-        feeds = read_feeds(tmp_path / where, toy)
-        assert [f.name for f in feeds] == names
-        for feed in feeds:
-            assert all(np.array_equal(feed.arrays[name], array) for name, array in arrays.items())
-
-
-def test_integers_of_another_width_are_converted_when_that_loses_nothing(toy, tmp_path):
-    arrays = _arrays(toy)
-    arrays["input_ids"] = arrays["input_ids"].astype(np.int32)
-    _savez(tmp_path / "f.npz", arrays)
-    assert read_feeds(tmp_path / "f.npz", toy)[0].arrays["input_ids"].dtype == np.int64
-
-
-BROKEN = {
-    "lacks inputs ['input_ids']": lambda a: a.pop("input_ids"),
-    "has arrays ['mask'] that are no inputs": lambda a: a.update(mask=np.ones(2)),
-    "'pk' takes float32 [b, 1, p, 4]": lambda a: a.update(pk=np.ones((1, 2, 3, 4), np.float32)),
-    "'pv' takes float32": lambda a: a.update(pv=a["pv"].astype(np.float64)),
-    "'input_ids' takes int64 [b, t]": lambda a: a.update(input_ids=np.ones(2, np.int64)),
-}
-
-
-@pytest.mark.parametrize("message, spoil", BROKEN.items(), ids=BROKEN.keys())
-def test_arrays_that_do_not_fit_the_graph_are_refused(toy, tmp_path, message, spoil):
-    arrays = _arrays(toy)
-    spoil(arrays)
-    _savez(tmp_path / "f.npz", arrays)
-    with pytest.raises(InputError) as error:
-        read_feeds(tmp_path / "f.npz", toy)
-    assert message in str(error.value)
-
-
-def test_files_that_are_no_arrays_are_refused(toy, tmp_path):
-    (tmp_path / "text.npz").write_text("not an archive")
-    np.savez(tmp_path / "objects.npz", input_ids=np.array([{}], object))
-    np.save(tmp_path / "single.npy", np.ones(3))
-    (tmp_path / "empty").mkdir()
-    for name in ("text.npz", "objects.npz", "single.npy", "empty", "missing.npz"):
-        with pytest.raises(InputError, match=name.split(".")[0]):
-            read_feeds(tmp_path / name, toy)
 
 
 def test_an_input_type_without_numpy_arrays_is_refused():
