@@ -1,0 +1,57 @@
+// What a token's channels are ranked by, and the selection of those that are kept.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "kernels/dispatch.h"
+#include "ort.h"
+
+namespace nmonnx {
+
+// Keep `keep` of every `group` consecutive channels.
+struct Pattern {
+  int keep;
+  int group;
+
+  size_t KeptOf(size_t channels) const;
+};
+
+// score = |x - shift| * scale, groups cut along `order`. Empty where it would change nothing.
+struct Criterion {
+  std::vector<float> scale;
+  std::vector<float> shift;
+  std::vector<uint32_t> order;
+
+  bool IsPlain() const { return scale.empty() && shift.empty() && order.empty(); }
+};
+
+// Reads the optional inputs scale, shift and order, which start at input `first`, for `channels` channels.
+Criterion ReadCriterion(const Call& call, size_t first, size_t channels);
+
+// Selects the channels of one token after another; one per thread.
+class Selector {
+ public:
+  Selector(const Kernels& kernels, Pattern pattern, const Criterion& criterion, size_t channels);
+
+  // The bitmap of the kept channels of token `x`; valid until the next call.
+  template <class T>
+  const uint64_t* Select(const T* x);
+
+  // x - shift of the token that was selected last, in float; only where there is a shift.
+  const float* shifted() const { return z_.data(); }
+
+ private:
+  const uint64_t* SelectScored(const float* z);
+
+  const Kernels& kernels_;
+  const Pattern pattern_;
+  const Criterion& criterion_;
+  const size_t channels_;
+  std::vector<float> z_;
+  std::vector<int32_t> keys_;
+  std::vector<uint64_t> bits_;
+  std::vector<uint64_t> ordered_bits_;
+};
+
+}  // namespace nmonnx

@@ -1,0 +1,69 @@
+#include "kernels/portable.h"
+
+#include <algorithm>
+
+namespace nmonnx {
+namespace {
+
+constexpr size_t kPanelColumns = 32;
+
+template <class T>
+void Select(const T* x, size_t count, int keep, int group, uint64_t* bits) {
+  std::fill(bits, bits + BitmapWords(count), 0);
+  for (size_t begin = 0; begin < count; begin += group) {
+    const size_t end = std::min(count, begin + group);
+    for (size_t i = begin; i < end; ++i) {
+      int better = 0;
+      for (size_t j = begin; j < end; ++j) {
+        better += KeyOf(x[j]) > KeyOf(x[i]) || (KeyOf(x[j]) == KeyOf(x[i]) && j < i);
+      }
+      if (better < keep) SetBit(bits, i);
+    }
+  }
+}
+
+void WidenAll(const Half* x, size_t count, float* y) {
+  for (size_t i = 0; i < count; ++i) y[i] = Widen(x[i]);
+}
+
+void NarrowAll(const float* x, size_t count, Half* y) {
+  for (size_t i = 0; i < count; ++i) y[i] = Narrow(x[i]);
+}
+
+template <class T>
+void AddRows(const Entry* entries, size_t count, const T* w, size_t stride, size_t columns, float* y) {
+  for (size_t e = 0; e < count; ++e) {
+    const T* row = w + entries[e].row * stride;
+    for (size_t n = 0; n < columns; ++n) y[n] += entries[e].value * Widen(row[n]);
+  }
+}
+
+template <class T>
+void CopyPanel(const T* w, size_t stride, size_t rows, size_t columns, float* panel) {
+  for (size_t r = 0; r < rows; ++r) {
+    for (size_t n = 0; n < kPanelColumns; ++n) {
+      panel[r * kPanelColumns + n] = n < columns ? Widen(w[r * stride + n]) : 0.0f;
+    }
+  }
+}
+
+void AddPanel(const Entry* entries, size_t entries_stride, const uint32_t* starts, size_t starts_stride,
+              size_t tokens, size_t first_row, const float* panel, float* y) {
+  for (size_t t = 0; t < tokens; ++t) {
+    const uint32_t* range = starts + t * starts_stride;
+    AddRows(entries + t * entries_stride + range[0], range[1] - range[0], panel - first_row * kPanelColumns,
+            kPanelColumns, kPanelColumns, y + t * kPanelColumns);
+  }
+}
+
+}  // namespace
+
+Kernels PortableKernels() {
+  return {"scalar",
+          {Select<float>, Select<Half>, Select<int32_t>, PortableApply<float>, PortableApply<Half>, WidenAll,
+           NarrowAll},
+          {kPanelColumns, AddRows<float>, CopyPanel<float>, AddPanel},
+          {kPanelColumns, AddRows<Half>, CopyPanel<Half>, AddPanel}};
+}
+
+}  // namespace nmonnx

@@ -1,0 +1,71 @@
+// The meaning of every kernel in plain C++: what the SIMD targets are tested against.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "kernels/dispatch.h"
+
+namespace nmonnx {
+
+inline float BitsToFloat(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline uint32_t FloatToBits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+// Keys are integers that sort like the scores. All NaN are one key, above Inf, so that they tie.
+inline int32_t KeyOf(float x) {
+  const uint32_t magnitude = FloatToBits(x) & 0x7fffffffu;
+  return static_cast<int32_t>(magnitude < 0x7f800001u ? magnitude : 0x7f800001u);
+}
+
+inline int32_t KeyOf(Half x) {
+  const int32_t magnitude = x & 0x7fff;
+  return magnitude < 0x7c01 ? magnitude : 0x7c01;
+}
+
+inline int32_t KeyOf(int32_t key) { return key; }
+
+inline float Widen(float x) { return x; }
+
+inline float Widen(Half x) {
+  const uint32_t sign = static_cast<uint32_t>(x & 0x8000u) << 16;
+  const uint32_t magnitude = x & 0x7fffu;
+  if (magnitude >= 0x7c00u) {  // Inf, NaN (made quiet, as the hardware does)
+    const uint32_t quiet = magnitude > 0x7c00u ? 0x00400000u : 0;
+    return BitsToFloat(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13) | quiet);
+  }
+  return BitsToFloat(sign | FloatToBits(BitsToFloat(magnitude << 13) * 0x1p112f));
+}
+
+// Round to nearest even.
+inline Half Narrow(float x) {
+  const uint32_t bits = FloatToBits(x);
+  const Half sign = static_cast<Half>((bits >> 16) & 0x8000u);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<Half>(sign | 0x7e00u | ((magnitude >> 13) & 0x1ffu));
+  if (magnitude >= 0x477ff000u) return static_cast<Half>(sign | 0x7c00u);
+  if (magnitude < 0x38800000u) {  // subnormal: let the FPU round at 2^-24
+    return static_cast<Half>(sign | (FloatToBits(BitsToFloat(magnitude) + 0.5f) - 0x3f000000u));
+  }
+  return static_cast<Half>(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
+}
+
+inline void SetBit(uint64_t* bits, size_t i) { bits[i / 64] |= uint64_t{1} << (i % 64); }
+inline bool HasBit(const uint64_t* bits, size_t i) { return bits[i / 64] >> (i % 64) & 1; }
+
+template <class T>
+void PortableApply(const T* x, const uint64_t* bits, size_t count, T* y) {
+  for (size_t i = 0; i < count; ++i) y[i] = HasBit(bits, i) ? x[i] : T{0};
+}
+
+Kernels PortableKernels();
+
+}  // namespace nmonnx

@@ -1,0 +1,117 @@
+// NMPrune(x, scale?, shift?, order?) -> y: y is x - shift with all but the best channels of each group zero.
+
+#include <algorithm>
+
+#include "kernels/portable.h"
+#include "ops.h"
+
+namespace nmonnx {
+namespace {
+
+constexpr size_t kChunk = 4096;       // channels selected, then written, while they are in the L1 cache
+constexpr size_t kTaskSize = 1 << 16;  // channels a task handles at least
+
+template <class T>
+struct Type;
+template <>
+struct Type<float> {
+  static constexpr auto kOnnx = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+};
+template <>
+struct Type<Half> {
+  static constexpr auto kOnnx = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+};
+template <>
+struct Type<double> {
+  static constexpr auto kOnnx = ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE;
+};
+
+void Apply(const PruneKernels& kernels, const float* x, const uint64_t* bits, size_t count, float* y) {
+  kernels.apply_f32(x, bits, count, y);
+}
+void Apply(const PruneKernels& kernels, const Half* x, const uint64_t* bits, size_t count, Half* y) {
+  kernels.apply_f16(x, bits, count, y);
+}
+void Apply(const PruneKernels&, const double* x, const uint64_t* bits, size_t count, double* y) {
+  PortableApply(x, bits, count, y);
+}
+
+// y = x - shift, rounded to the type of x.
+void Shift(const PruneKernels&, const float*, const float* z, const std::vector<float>& shift, float* y) {
+  std::copy(z, z + shift.size(), y);
+}
+void Shift(const PruneKernels& kernels, const Half*, const float* z, const std::vector<float>& shift, Half* y) {
+  kernels.narrow(z, shift.size(), y);
+}
+void Shift(const PruneKernels&, const double* x, const float*, const std::vector<float>& shift, double* y) {
+  for (size_t k = 0; k < shift.size(); ++k) y[k] = x[k] - static_cast<double>(shift[k]);
+}
+
+// Tokens do not matter where groups never cross them: `count` channels as one long token.
+template <class T>
+void PruneFlat(const Call& call, Pattern pattern, const Kernels& kernels, const T* x, size_t count, T* y) {
+  const size_t group = static_cast<size_t>(pattern.group);
+  const size_t chunk = kChunk / group * group;
+  const size_t chunks = (count + chunk - 1) / chunk;
+  const size_t chunks_per_task = std::max<size_t>(1, kTaskSize / chunk);
+  const Criterion plain;
+  call.ParallelFor((chunks + chunks_per_task - 1) / chunks_per_task, [&](size_t task) {
+    Selector whole(kernels, pattern, plain, chunk);
+    const size_t end = std::min(count, (task + 1) * chunks_per_task * chunk);
+    size_t i = task * chunks_per_task * chunk;
+    for (; i + chunk <= end; i += chunk) Apply(kernels.prune, x + i, whole.Select(x + i), chunk, y + i);
+    if (i == end) return;
+    Selector rest(kernels, pattern, plain, end - i);
+    Apply(kernels.prune, x + i, rest.Select(x + i), end - i, y + i);
+  });
+}
+
+template <class T>
+void PruneTokens(const Call& call, Pattern pattern, const Kernels& kernels, const Criterion& criterion, const T* x,
+                 size_t tokens, size_t channels, T* y) {
+  const size_t tokens_per_task = std::max<size_t>(1, kTaskSize / channels);
+  call.ParallelFor((tokens + tokens_per_task - 1) / tokens_per_task, [&](size_t task) {
+    Selector selector(kernels, pattern, criterion, channels);
+    const size_t end = std::min(tokens, (task + 1) * tokens_per_task);
+    for (size_t t = task * tokens_per_task; t < end; ++t) {
+      const T* from = x + t * channels;
+      T* to = y + t * channels;
+      const uint64_t* bits = selector.Select(from);
+      if (!criterion.shift.empty()) {
+        Shift(kernels.prune, from, selector.shifted(), criterion.shift, to);
+        from = to;
+      }
+      Apply(kernels.prune, from, bits, channels, to);
+    }
+  });
+}
+
+template <class T>
+void Prune(const Call& call, Pattern pattern, const Kernels& kernels) {
+  const Tensor x = call.Input(0);
+  if (x.dims.empty()) throw Refusal("NMPrune: x is a scalar; its last axis must be the channels");
+  const size_t channels = static_cast<size_t>(x.dims.back());
+  const Criterion criterion = ReadCriterion(call, 1, channels);
+  T* y = static_cast<T*>(call.Output(x.dims));
+  const size_t count = x.Count();
+  if (count == 0) return;
+  if (criterion.IsPlain() && (channels % static_cast<size_t>(pattern.group) == 0 || count == channels)) {
+    PruneFlat(call, pattern, kernels, x.As<T>(), count, y);
+  } else {
+    PruneTokens(call, pattern, kernels, criterion, x.As<T>(), count / channels, channels, y);
+  }
+}
+
+template <class T>
+OpSpec Spec() {
+  return {"NMPrune",
+          {Type<T>::kOnnx, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
+           ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED},
+          1, Type<T>::kOnnx, true, false, Prune<T>};
+}
+
+}  // namespace
+
+std::vector<OpSpec> PruneOps() { return {Spec<float>(), Spec<Half>(), Spec<double>()}; }
+
+}  // namespace nmonnx
