@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nmonnx.decoder_cache import Growing, InPlace, Rerun, Runner, writes_in_place
-from nmonnx.errors import InputError
+from nmonnx.errors import InputError, ModelError
 from nmonnx.feeds import Signature, signature, vocabulary
+from nmonnx.feeds.sample import explain
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -115,16 +116,24 @@ class Decoder:
 
 
 def open_session(path: Path, threads: int) -> ort.InferenceSession:
-    """A CPU session with the custom ops. Raises ModelError when the model does not load."""
+    """A CPU session, with the custom ops where the library is installed. Raises ModelError when the model does not
+    load."""
     try:
         from nmonnx.library import make_session
     except ImportError:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return _stock_session(path, threads)
     return make_session(path, threads=threads)
+
+
+def _stock_session(path: Path, threads: int) -> ort.InferenceSession:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as e:
+        raise ModelError(f"{path} does not load into ONNX Runtime {onnxruntime.__version__}: {explain(e)}") from e
 
 
 def _refuse(sig: Signature) -> None:

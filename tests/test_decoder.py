@@ -11,7 +11,7 @@ import toy_decoders
 
 from nmonnx.decoder import Decoder
 from nmonnx.decoder_cache import Growing, InPlace, Rerun
-from nmonnx.errors import InputError, NmonnxError, RunError
+from nmonnx.errors import InputError, ModelError, NmonnxError, RunError
 
 GENAI = ["llama-genai-fp32", "llama-genai-fp32-gateup", "llama-genai-fp32-nofuse", "llama-genai-int4-acc1"]
 GENAI += ["smollm-genai-fp32", "smollm-genai-fp32-shared", "mistral-genai-fp32", "phi3-genai-fp32"]
@@ -193,6 +193,11 @@ def test_the_context_is_a_limit(zoo):
 def test_tokens_that_are_no_filled_matrix_of_ids_are_refused(zoo, tokens):
     with pytest.raises(InputError):
         Decoder(zoo("llama-optimum-fp32"), threads=1).prefill(tokens)
+
+
+def test_a_model_that_does_not_load_is_a_model_error(zoo):
+    with pytest.raises(ModelError, match="model.onnx"):
+        Decoder(zoo("llama-dynamo-bf16"), threads=1)
 
 
 REFUSED = {
