@@ -34,7 +34,7 @@ def weave(model: Model) -> ModelProto:
     for body, function in zip(proto.functions, model.graph.functions, strict=True):
         _weave_function(body, function, model)
     proto.functions.extend(model.functions)
-    if _uses_domain(proto.graph):
+    if any(_uses_domain(body.node) for body in (proto.graph, *proto.functions)):
         _import_domain(proto.opset_import)
     entries = {p.key: p for p in proto.metadata_props}
     for key, value in model.metadata.items():
@@ -61,7 +61,7 @@ def _weave_function(proto: FunctionProto, function: gs.Function, model: Model) -
     nodes = [_weave_node(node, model) for node in _sorted(function.nodes)]
     del proto.node[:]
     proto.node.extend(nodes)
-    if any(node.domain == DOMAIN for node in nodes):
+    if _uses_domain(proto.node):
         _import_domain(proto.opset_import)
 
 
@@ -156,10 +156,11 @@ def _keep(messages, keep) -> None:  # type: ignore[no-untyped-def]
         messages.extend(kept)
 
 
-def _uses_domain(graph: GraphProto) -> bool:
+def _uses_domain(nodes) -> bool:  # type: ignore[no-untyped-def]
     return any(
-        node.domain == DOMAIN or any(_uses_domain(a.g) for a in node.attribute if a.type == onnx.AttributeProto.GRAPH)
-        for node in graph.node
+        node.domain == DOMAIN
+        or any(_uses_domain(a.g.node) for a in node.attribute if a.type == onnx.AttributeProto.GRAPH)
+        for node in nodes
     )
 
 
