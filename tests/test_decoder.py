@@ -196,7 +196,7 @@ def test_tokens_that_are_no_filled_matrix_of_ids_are_refused(zoo, tokens):
 
 
 def test_a_model_that_does_not_load_is_a_model_error(zoo):
-    with pytest.raises(ModelError, match="model.onnx"):
+    with pytest.raises(ModelError, match="llama-dynamo-bf16"):
         Decoder(zoo("llama-dynamo-bf16"), threads=1)
 
 
