@@ -76,6 +76,7 @@ OrtStatus* Compute(void* kernel, OrtKernelContext* context) {
 }
 
 struct Shape {
+  ONNXTensorElementDataType type;
   Dims dims;
   std::vector<const char*> names;
 };
@@ -86,12 +87,14 @@ Shape InputShape(const Api& api, const OrtShapeInferContext* context, size_t ind
   Check(api, api.ShapeInferContext_GetInputTypeShape(context, index, &info));
   size_t rank = 0;
   Check(api, api.GetDimensionsCount(info, &rank));
-  Shape shape{Dims(rank), std::vector<const char*>(rank)};
+  Shape shape{ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, Dims(rank), std::vector<const char*>(rank)};
+  Check(api, api.GetTensorElementType(info, &shape.type));
   Check(api, api.GetDimensions(info, shape.dims.data(), rank));
   Check(api, api.GetSymbolicDimensions(info, shape.names.data(), rank));
   return shape;
 }
 
+// ORT asks the first overload of a name for all of them: the type of the output is that of x, not of the overload.
 OrtStatus* InferShape(const OrtCustomOp* self, OrtShapeInferContext* context) {
   const Op& op = Self(self);
   const Api& api = op.library.api;
@@ -109,7 +112,7 @@ OrtStatus* InferShape(const OrtCustomOp* self, OrtShapeInferContext* context) {
     }
     OrtTensorTypeAndShapeInfo* info = nullptr;
     Check(api, api.CreateTensorTypeAndShapeInfo(&info));
-    OrtStatus* status = api.SetTensorElementType(info, op.spec.output);
+    OrtStatus* status = api.SetTensorElementType(info, shape.type);
     if (!status) status = api.SetDimensions(info, shape.dims.data(), shape.dims.size());
     if (!status) status = api.SetSymbolicDimensions(info, shape.names.data(), shape.names.size());
     if (!status) status = api.ShapeInferContext_SetOutputTypeShape(context, 0, info);
