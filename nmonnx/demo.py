@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,7 +56,14 @@ class Demo:
 
 
 def run(
-    folder: Path, recipe: Recipe, text: Path | None, windows: int, prompt: str, tokens: int, threads: int, words: Console
+    folder: Path,
+    recipe: Recipe,
+    text: Path | None,
+    windows: int,
+    prompt: str,
+    tokens: int,
+    threads: int,
+    words: Console,
 ) -> Demo:
     """Build SmolLM2-135M-Instruct into `folder` (kept if it is there already), convert it, and compare the two.
 
@@ -63,7 +71,7 @@ def run(
     """
     dense = folder / "model.onnx"
     if not dense.exists():
-        with _bar(words, "writing the fp32 model") as step:
+        with progress_bar(words, "writing the fp32 model") as step:
             build(find_smollm2(), folder, progress=step)
     sparse = folder / f"model-{str(recipe.pattern).replace(':', 'x')}.onnx"
     conversion = convert(dense, sparse, recipe, overwrite=True)
@@ -74,10 +82,10 @@ def run(
     pair = (Decoder(dense, threads=threads), Decoder(sparse, threads=threads))
     measured = []
     for name, decoder in zip(("dense", "sparse"), pair, strict=True):
-        with _bar(words, f"perplexity, {name}") as step:
+        with progress_bar(words, f"perplexity, {name}") as step:
             measured.append(perplexity(decoder, ids, window=1024, max_windows=windows, progress=step))
     texts = [generate(decoder, tokenizer, prompt, tokens) for decoder in pair]
-    with _bar(words, "decode speed, dense beside sparse") as step:
+    with progress_bar(words, "decode speed, dense beside sparse") as step:
         speed = decode_speed(*pair, ids[:64], steps=24, rounds=9, step=step)
     return Demo(dense, sparse, conversion, validation, measured[0], measured[1], texts[0], texts[1], speed)
 
@@ -98,8 +106,6 @@ def decode_speed(
 
 
 def _decode_seconds(decoder: Decoder, prompt: np.ndarray, steps: int) -> float:
-    import time
-
     logits = decoder.prefill(prompt[None])
     start = time.perf_counter()
     for _ in range(steps):
@@ -108,8 +114,11 @@ def _decode_seconds(decoder: Decoder, prompt: np.ndarray, steps: int) -> float:
 
 
 @contextmanager
-def _bar(words: Console, title: str) -> Iterator[Step]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeRemainingColumn())
-    with Progress(*columns, console=words) as progress:
+def progress_bar(words: Console, title: str) -> Iterator[Step]:
+    """A progress bar with the time left; `step(done, total)` moves it."""
+    share = TextColumn("{task.percentage:3.0f}%")
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), share, TimeRemainingColumn(), console=words
+    ) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -21,7 +21,9 @@ NASTY = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 6e4, 1e-40, 2.0]
 RANKS = {"W": 2, "bias": 1}
 
 
-def session(op: str, text: str, opset: int, kind: type, inputs: list[str], keep: int, group: int) -> ort.InferenceSession:
+def session(
+    op: str, text: str, opset: int, kind: type, inputs: list[str], keep: int, group: int
+) -> ort.InferenceSession:
     node = helper.make_node(op, inputs, ["y"], domain="ai.nmonnx", keep=keep, group=group)
     elem = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
     graph = helper.make_graph(

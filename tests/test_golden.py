@@ -86,7 +86,9 @@ def test_golden(path: Path, tmp_path: Path) -> None:
 
 
 def check_numbers(golden: Golden, source: Path, out: Path, folder: Path) -> None:
-    feeds = {i.name: weights(*(d.dim_value or 3 for d in i.type.tensor_type.shape.dim), seed=99) for i in inputs(source)}
+    feeds = {
+        i.name: weights(*(d.dim_value or 3 for d in i.type.tensor_type.shape.dim), seed=99) for i in inputs(source)
+    }
     feeds |= {i.name: np.array(True) for i in inputs(source) if i.type.tensor_type.elem_type == onnx.TensorProto.BOOL}
     half = [i.name for i in inputs(source) if i.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16]
     feeds |= {name: feeds[name].astype(np.float16) for name in half}

@@ -92,7 +92,8 @@ def test_copied_data_has_aligned_offsets_shared_ranges_once_and_no_unused_bytes(
     (tmp_path / "to").mkdir()
     out = save(load(source), tmp_path / "to" / "o.onnx")
     spans = {
-        t.name: {e.key: e.value for e in t.external_data} for t in onnx.load(out, load_external_data=False).graph.initializer
+        t.name: {e.key: e.value for e in t.external_data}
+        for t in onnx.load(out, load_external_data=False).graph.initializer
     }
     assert spans["twin"] == spans["up"]
     assert all(int(s["offset"]) % 4096 == 0 for s in spans.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
+import nmonnx
 from nmonnx.commands.options import Quiet, ReportPath, tell
 from nmonnx.errors import NmonnxError
 from nmonnx.report import Report, check_format, table
@@ -20,7 +21,8 @@ def command(report: ReportPath = None, quiet: Quiet = False) -> None:
     state, detail = _kernels()
     rows.append(("kernels", state, detail))
     data = {"command": "doctor", "checks": [{"what": w, "state": s, "detail": d} for w, s, d in rows]}
-    tell(Report(f"nmonnx {version('nmonnx')}", (), (table("Installed", ("what", "state", "detail"), rows),), data), report, quiet)
+    installed = table("Installed", ("what", "state", "detail"), rows)
+    tell(Report(f"nmonnx {nmonnx.__version__}", (), (installed,), data), report, quiet)
 
 
 def _version(package: str) -> str:
