@@ -12,6 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
+from nmonnx.errors import InputError
 from nmonnx.sites.constant import Constant, NotConstant
 from nmonnx.sites.linear import Left, Linear, Reader, Reading, float32, no_weight
 from nmonnx.sites.packing import bnb4_values, expert_values, nbits_values
@@ -101,10 +102,10 @@ def _integer(weight: int, scale: int | None, zero: int, codes: bool = True) -> R
         if node.attrs.get("transA", 0):
             return Left("transA=1: the channels are the first axis of the activation", k=k, n=n)
         scales = _scale_after(tracer, scope, node) if scale is None else tracer.trace(scope, input_of(node, scale))
-        if isinstance(scales, NotConstant):
-            return Left("the scale of its weight is not constant", k=k, n=n)
 
         def read() -> np.ndarray:
+            if isinstance(scales, NotConstant):
+                raise InputError(f"weight {stored.name!r}: {scales.reason}, so its values are not known")
             zeros = float32(found["zero"]) if "zero" in found else np.float32(0)
             values = float32(stored).swapaxes(-1, -2) if swap else float32(stored)
             return (values - _per_column(zeros)) * _per_column(float32(scales))
@@ -129,7 +130,7 @@ def _scale_after(tracer: Tracer, scope: Scope, node: gs.Node) -> Constant | NotC
                 scale = tracer.trace(factor[0], tensor) if factor else None
                 if isinstance(scale, Constant):
                     return scale
-    return NotConstant("it has no constant scale behind it")
+    return NotConstant("no constant scale follows the product")
 
 
 def _unknown_packing(tracer: Tracer, scope: Scope, node: gs.Node) -> Reading:

@@ -13,11 +13,22 @@ _WORDS = {
     "q": ("q_proj", "q_lin", "wq", "to_q", "query"),
     "k": ("k_proj", "k_lin", "wk", "to_k", "key"),
     "v": ("v_proj", "v_lin", "wv", "to_v", "value"),
-    "o": ("o_proj", "out_proj", "out_lin", "wo", "to_out"),
+    "o": ("o_proj", "out_proj", "out_lin", "wo", "to_out", "attention.output.dense"),
     "qkv": ("qkv_proj", "query_key_value", "c_attn", "wqkv", "qkv", "in_proj", "in_proj_qkv", "to_qkv"),
     "gate": ("gate_proj", "w1"),
-    "up": ("up_proj", "w3", "fc1", "c_fc", "fc_in", "lin1", "dense_h_to_4h", "wi", "intermediate"),
-    "down": ("down_proj", "w2", "fc2", "fc_out", "lin2", "dense_4h_to_h"),
+    "up": (
+        "up_proj",
+        "w3",
+        "fc1",
+        "c_fc",
+        "fc_in",
+        "lin1",
+        "dense_h_to_4h",
+        "wi",
+        "intermediate",
+        "intermediate.dense",
+    ),
+    "down": ("down_proj", "w2", "fc2", "fc_out", "lin2", "dense_4h_to_h", "output.dense"),
     "gate_up": ("gate_up_proj", "gate_up", "w12", "dense_gate_up"),
     "lm_head": ("lm_head", "embed_out", "output_layer", "lm_head_proj"),
     "router": ("router", "shared_expert_gate", "block_sparse_moe.gate", "moe.gate"),
@@ -55,7 +66,7 @@ def module_paths(props: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _role(name: str) -> str | None:
-    words = list(_WORD.finditer(name))
+    words = list(_WORD.finditer(name.replace("/", ".")))
     if not words:
         return None
     word = words[-1][1]

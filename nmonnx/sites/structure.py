@@ -152,7 +152,9 @@ class _Structure:
             self._tell(walk.linears[0], "down")
 
     def _returns(self, up: Product, down: gs.Node) -> bool:
-        """`down` leads back to the width that `up` started from, as a residual stream needs."""
+        """`down` leads back into the residual stream: to the width `up` started from, and not out of the model."""
+        if down.outputs[0].name in self.scope.outputs:
+            return False
         last = self.nodes[id(down)].reading
         return isinstance(up.reading, Linear) and isinstance(last, Linear) and up.reading.k == last.n
 

@@ -80,7 +80,7 @@ class Tracer:
         return operator(self, scope, node, depth + 1)
 
     def _argument(self, scope: Scope, tensor: gs.Tensor, index: int, depth: int) -> Constant | NotConstant:
-        calls = self._calls.get(id(scope), [])
+        calls = [call for call in self._calls.get(id(scope), []) if self._is_run(call[0])]
         given = [self.trace(caller, input_of(node, index), depth + 1) for caller, node in calls]
         constants = [c for c in given if isinstance(c, Constant)]
         if not constants or len(constants) < len(given):
@@ -101,6 +101,12 @@ class Tracer:
             next((c.blocked for c in constants if c.blocked), ""),
             first.quantised,
         )
+
+    def _is_run(self, scope: Scope) -> bool:
+        """False inside a function that nothing calls."""
+        while scope.parent is not None:
+            scope = scope.parent
+        return not scope.is_function or any(self._is_run(caller) for caller, _ in self._calls.get(id(scope), []))
 
     def _fixed_names(self, scope: Scope) -> set[str]:
         """Names of this scope that depend on constants alone."""
