@@ -15,12 +15,15 @@ namespace nmonnx {
 namespace {
 
 constexpr const char* kDomain = "ai.nmonnx";
-constexpr uint32_t kNewestCustomOp = 18;  // the version of OrtCustomOp that ort_abi.h declares
+constexpr int64_t kNewestCustomOp = 18;  // the version of OrtCustomOp that ort_abi.h declares
+constexpr int64_t kSafeInference = 24;   // before it, ORT's shape inference crashes on an input with an empty name
+
+uint32_t UsableApi(OrtVersion version) { return static_cast<uint32_t>(std::min(version.api, kNewestCustomOp)); }
 
 struct Library;
 
 struct Op : OrtCustomOp {
-  Op(const Library& library, OpSpec spec, uint32_t version);
+  Op(const Library& library, OpSpec spec, OrtVersion ort);
 
   const Library& library;
   const OpSpec spec;
@@ -34,7 +37,7 @@ struct Kernel {
 // What one copy of ORT in the process, and one choice of kernels, needs. Sessions refer to it until the end of
 // the process, so it is never freed.
 struct Library {
-  Library(const OrtApi* ort, uint32_t version, const Kernels& kernels);
+  Library(const OrtApi* ort, OrtVersion version, const Kernels& kernels);
 
   const Api api;
   const Kernels& kernels;
@@ -121,9 +124,9 @@ OrtStatus* InferShape(const OrtCustomOp* self, OrtShapeInferContext* context) {
   });
 }
 
-Op::Op(const Library& owner, OpSpec description, uint32_t ort_version)
+Op::Op(const Library& owner, OpSpec description, OrtVersion ort)
     : OrtCustomOp{}, library(owner), spec(std::move(description)) {
-  version = ort_version;
+  version = UsableApi(ort);
   GetName = [](const OrtCustomOp* op) { return Self(op).spec.name; };
   GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
   GetInputType = [](const OrtCustomOp* op, size_t i) { return Self(op).spec.inputs[i]; };
@@ -142,7 +145,7 @@ Op::Op(const Library& owner, OpSpec description, uint32_t ort_version)
   GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
   CreateKernelV2 = nmonnx::CreateKernel;
   KernelComputeV2 = Compute;
-  InferOutputShapeFn = InferShape;
+  InferOutputShapeFn = ort.api >= kSafeInference ? InferShape : nullptr;
   GetStartVersion = [](const OrtCustomOp*) { return 1; };
   GetEndVersion = [](const OrtCustomOp*) { return 0x7fffffff; };
   static int first[] = {0};
@@ -158,7 +161,7 @@ Op::Op(const Library& owner, OpSpec description, uint32_t ort_version)
   ReleaseAliasMap = [](int*, int*) {};
 }
 
-Library::Library(const OrtApi* ort, uint32_t version, const Kernels& chosen) : api(ort), kernels(chosen) {
+Library::Library(const OrtApi* ort, OrtVersion version, const Kernels& chosen) : api(ort), kernels(chosen) {
   CheckAbi(api);
   for (const auto& list : {PruneOps(), MatMulOps()}) {
     for (const OpSpec& spec : list) ops.emplace_back(*this, spec, version);
@@ -176,7 +179,7 @@ const Kernels& ChosenKernels() {
   throw Refusal("NMONNX_TARGET='" + std::string(name) + "' is not a SIMD target of this CPU; these are:" + known);
 }
 
-const Library& LibraryOf(const OrtApiBase* base, const OrtApi* ort, uint32_t version) {
+const Library& LibraryOf(const OrtApiBase* base, const OrtApi* ort, OrtVersion version) {
   static std::mutex mutex;
   static auto* libraries = new std::map<std::pair<const OrtApiBase*, const Kernels*>, Library*>();
   const Kernels& kernels = ChosenKernels();
@@ -193,13 +196,12 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
                                                                                const OrtApiBase* base) {
   using namespace nmonnx;
   const OrtVersion version = ParseOrtVersion(base->GetVersionString());
-  const uint32_t usable = static_cast<uint32_t>(std::min<int64_t>(version.api, kNewestCustomOp));
-  const OrtApi* ort = base->GetApi(usable);
+  const OrtApi* ort = base->GetApi(UsableApi(version));
   if (!ort) return nullptr;
   if (version.api < abi_table::kOldest) return RefuseOldOrt(ort, base->GetVersionString());
   const Api api(ort);
   return Guarded(api, [&] {
-    const Library& library = LibraryOf(base, ort, usable);
+    const Library& library = LibraryOf(base, ort, version);
     Check(api, api.AddCustomOpDomain(options, library.domain));
   });
 }
