@@ -36,7 +36,7 @@ def saved(tmp_path: Path, proto: ModelProto) -> Model:
 
 
 def matrix(*shape: int, dtype: type = np.float32) -> np.ndarray:
-    return RNG.standard_normal(shape).astype(dtype)
+    return np.asarray(RNG.standard_normal(shape)).astype(dtype)
 
 
 def run_layer(proto: ModelProto, site: Site) -> np.ndarray:

@@ -118,6 +118,8 @@ LEFT = {
     "one channel on the left": ("y = MatMul(w, x)", (1, 16, 1), "one channel", False, (1, 16)),
     "both constant": ("v = MatMul(w, w) y = Mul(x, v)", (8, 8), "both", False, (0, 0)),
     "no elements": ("y = MatMul(x, w)", (8, 0), "no elements", False, (8, 0)),
+    "scalar": ("y = MatMul(x, w)", (), "scalar", False, (0, 0)),
+    "invalid Einsum": ("y = Einsum(x, w)", (8, 6), "'equation' is missing", False, (0, 0)),
     "outer Einsum": ('y = Einsum<equation = "t,n->tn">(x, w)', (6,), "no channels", False, (0, 0)),
     "chosen at run time": ("v = Gather(w, i) y = MatMul(x, v)", (4, 8, 6), "chosen from 'w'", False, (0, 0)),
 }  # fmt: skip
@@ -372,3 +374,11 @@ def _model(nodes: list[onnx.NodeProto]) -> onnx.ModelProto:
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
     graph = helper.make_graph(nodes, "g", [x], [y])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+def test_a_layer_whose_attributes_its_function_takes_from_the_call_is_left_alone(tmp_path: Path) -> None:
+    text = body("y = local.F<turn = 1>(x, w)") + (
+        '\n<domain: "local", opset_import: ["" : 20]> F <turn> (a, b) => (c) { c = Gemm<transB: int = @turn>(a, b) }'
+    )
+    skipped = left(parse(tmp_path, text, {"w": matrix(6, 8)}))
+    assert skipped.linear and "set by the caller" in skipped.reason

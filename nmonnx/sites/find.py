@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from nmonnx.graph import DOMAIN, Model
-from nmonnx.sites.linear import Left, Linear, Product
+from nmonnx.sites.linear import Left, Linear, Product, Reader
 from nmonnx.sites.quantised import QUANTISED
 from nmonnx.sites.roles import block_of, module_paths, role_of
 from nmonnx.sites.scope import Scope, domain_of, input_of, read_scopes
@@ -66,12 +66,18 @@ def _products(model: Model, tracer: Tracer, scopes: list[Scope]) -> Iterator[Pro
             reader = _READERS.get((domain_of(node), node.op))
             if reader is None or not node.outputs:
                 continue
-            if has_caller_attributes(node):
-                reading: Linear | Left | None = Left("its attributes are set by the caller of the function")
-            else:
-                reading = reader(tracer, scope, node)
+            reading = _read(reader, tracer, scope, node)
             if reading is not None:
                 yield _product(model, scope, node, _checked(node, reading), taken)
+
+
+def _read(reader: Reader, tracer: Tracer, scope: Scope, node: gs.Node) -> Linear | Left | None:
+    if has_caller_attributes(node):
+        return Left("its attributes are set by the caller of the function")
+    try:
+        return reader(tracer, scope, node)
+    except KeyError as e:
+        return Left(f"its attribute {e} is missing", linear=False)
 
 
 def _product(model: Model, scope: Scope, node: gs.Node, reading: Linear | Left, taken: set[str]) -> Product:

@@ -27,6 +27,8 @@ def _matmul(tracer: Tracer, scope: Scope, node: gs.Node) -> Reading:
         return _on_the_left(left, weight)
     if isinstance(weight, NotConstant):
         return no_weight(weight)
+    if not weight.shape:
+        return Left("its weight is a scalar", linear=False)
     return _product(weight, transposed=bool(node.attrs.get("transB", 0)), obstacle=_matmul_obstacle(node))
 
 
@@ -60,6 +62,8 @@ def _gemm_fast_gelu(tracer: Tracer, scope: Scope, node: gs.Node) -> Reading:
     weight = tracer.trace(scope, input_of(node, 1))
     if isinstance(weight, NotConstant):
         return no_weight(weight)
+    if len(weight.shape) != 2:
+        return Left(f"its weight has {len(weight.shape)} axes, not 2", linear=False)
     return _product(weight, False, "the node applies an activation function too")
 
 
@@ -67,6 +71,8 @@ def _attention(tracer: Tracer, scope: Scope, node: gs.Node) -> Reading:
     weight = tracer.trace(scope, input_of(node, 1))
     if isinstance(weight, NotConstant):
         return no_weight(weight)
+    if len(weight.shape) != 2:
+        return Left(f"its weight has {len(weight.shape)} axes, not 2", linear=False)
     reading = _product(weight, False, "its weight is inside an attention node, whose input alone can be pruned")
     return replace(reading, role="qkv")
 
@@ -102,7 +108,12 @@ def unreachable_down(node: gs.Node, k: int, n: int, initializer: str) -> Left:
 
 def _conv(tracer: Tracer, scope: Scope, node: gs.Node) -> Reading:
     weight = tracer.trace(scope, input_of(node, 1))
-    if isinstance(weight, NotConstant) or set(weight.shape[2:]) - {1} or node.attrs.get("group", 1) != 1:
+    if (
+        isinstance(weight, NotConstant)
+        or len(weight.shape) < 3
+        or set(weight.shape[2:]) - {1}
+        or node.attrs.get("group", 1) != 1
+    ):
         return None
     n, k = weight.shape[:2]
     return Left("a 1x1 convolution: its channels are axis 1 of the activation", k=k, n=n, initializer=weight.name)
