@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nmonnx.errors import NmonnxError
-from nmonnx.feeds import Feed, sample_feeds, signature
+from nmonnx.errors import NmonnxError, RunError
+from nmonnx.feeds import Feed, Signature, sample_feeds, signature
 from nmonnx.feeds.sample import explain
 from nmonnx.graph import load, read_skeleton
 from nmonnx.sites import Found, find_sites
 from nmonnx.tensors import TensorReader
 from nmonnx.validate.claims import read_claims
 from nmonnx.validate.language import Answer, Task, ask, compare_answers, make_task
-from nmonnx.validate.outputs import Outputs, compare_outputs, logits_name, run_feeds
+from nmonnx.validate.outputs import Outputs, compare_outputs, run_feeds
 from nmonnx.validate.pair import Pair
 from nmonnx.validate.result import (
     Check,
@@ -72,14 +72,18 @@ def validate(
     checks = check_structure(pair, _linear_names(found))
     say("running the original")
     old = _run(original, feeds, task, seed, threads)
-    if old.failure:
-        return Report(original, converted, pair.claims.recipe, tuple(checks), skipped=(("running", old.failure),))
+    if isinstance(old, str):
+        return Report(original, converted, pair.claims.recipe, tuple(checks), skipped=(("running", old),))
     say("running the converted model")
-    new = _run(converted, old.feeds, task, seed, threads)
-    checks.append(Check("the converted model runs", int(not new.failure), 1, not new.failure, new.failure))
-    if new.failure:
+    try:
+        new = _run(converted, old.feeds, task, seed, threads)
+    except RunError as e:
+        new = str(e)
+    failure = new if isinstance(new, str) else ""
+    checks.append(Check("the converted model runs", int(not failure), 1, not failure, failure))
+    if isinstance(new, str):
         return Report(original, converted, pair.claims.recipe, tuple(checks), feeds=old.names)
-    outputs, output_checks = compare_outputs(old.outputs, new.outputs, old.feeds, old.logits, limits)
+    outputs, output_checks = compare_outputs(old.outputs, new.outputs, old.feeds, old.sig, limits)
     say("measuring the layers")
     sites, site_checks = measure_sites(pair, found.sites, old.feeds, threads)
     language, language_checks = compare_answers(old.answer, new.answer, task, limits)
@@ -100,13 +104,12 @@ def validate(
 
 @dataclass
 class _Run:
-    """What came out of one model, or why nothing did."""
+    """What came out of one model."""
 
     feeds: list[Feed]
     outputs: Outputs
     answer: Answer
-    logits: str | None = None
-    failure: str = ""
+    sig: Signature
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -125,23 +128,21 @@ def _linear_names(found: Found) -> list[str]:
 
 def _run(
     path: Path, feeds: Sequence[Feed | Mapping[str, np.ndarray]] | None, task: Task, seed: int, threads: int
-) -> _Run:
-    """Load a model once, run the feeds and the language task, and let it go. Feeds that were given must run."""
+) -> _Run | str:
+    """Load a model once, run the feeds and the language task, and let it go; or the reason why it does not run at all.
+    Raises RunError when it fails on feeds that were given."""
     from nmonnx.decoder import open_session
 
     try:
         session = open_session(path, threads)
+        sampled = None if feeds is not None else sample_feeds(session, path, np.random.default_rng(seed))
+    except NmonnxError as e:
+        return str(e)
     except Exception as e:  # ONNX Runtime has no common class for its errors
-        return _Run([], [], Answer(), failure=str(e) if isinstance(e, NmonnxError) else f"{path}: {explain(e)}")
-    if feeds is None:
-        try:
-            named = sample_feeds(session, path, np.random.default_rng(seed))
-        except NmonnxError as e:
-            return _Run([], [], Answer(), failure=str(e))
-    else:
-        named = [f if isinstance(f, Feed) else Feed(f"feed {i}", dict(f)) for i, f in enumerate(feeds)]
+        return f"{path}: {explain(e)}"
+    named = sampled or [f if isinstance(f, Feed) else Feed(f"feed {i}", dict(f)) for i, f in enumerate(feeds or ())]
     outputs = run_feeds(session, path, named)
-    return _Run(named, outputs, ask(session, path, task), logits_name(signature(session, path)))
+    return _Run(named, outputs, ask(session, path, task), signature(session, path))
 
 
 def _energy(sites: Sequence[SiteRecord], limits: Thresholds) -> list[Check]:

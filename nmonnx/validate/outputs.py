@@ -37,26 +37,28 @@ def run_feeds(session: ort.InferenceSession, path: Path, feeds: Sequence[Feed]) 
     return results
 
 
-def logits_name(sig: Signature) -> str | None:
-    """The output that holds logits: called so, or the [batch, length, vocabulary] output of a model of tokens."""
-    port = sig.first("logits")
-    if port is None or port.dtype.kind != "f":
-        return None
-    by_shape = sig.first("tokens") is not None and len(port.shape) == 3
-    return port.name if "logits" in port.name.lower() or by_shape else None
-
-
 def compare_outputs(
-    old: Outputs, new: Outputs, feeds: Sequence[Feed], logits: str | None, thresholds: Thresholds
+    old: Outputs,
+    new: Outputs,
+    feeds: Sequence[Feed],
+    sig: Signature,
+    thresholds: Thresholds,
 ) -> tuple[list[OutputRecord], list[Check]]:
-    """A record for every output, and checks: same shapes and types, NaN and Inf only where the original has them, and
-    the metrics of the logits, or of every floating-point output of a model without logits, against the limits."""
+    """A record for every output, and checks:
+
+    1. same shapes and types;
+    2. NaN and Inf only where the original has them, in outputs other than caches: what a cache buffer holds where no
+       token was written is not defined;
+    3. the metrics of the logits, or of every floating-point output of a model without logits, against the limits;
+    4. of outputs of other types the share of equal values.
+    """
+    logits, caches = _logits_name(sig), {name for _, name in sig.cache}
     faults = list(_mismatches(old, new, feeds))
     records = [] if faults else [_record(name, old, new, logits) for name in (old[0] if old else ())]
     checks = [counted("outputs have the same shapes and types", len(old[0]) if old else 0, faults, "outputs")]
     if faults:
         return records, checks
-    floats = [r for r in records if old[0][r.name].dtype.kind == "f"]
+    floats = [r for r in records if old[0][r.name].dtype.kind == "f" and r.name not in caches]
     strange = [f"{r.name!r}: {r.closeness.unmatched} values" for r in floats if r.closeness.unmatched]
     checks.append(counted("NaN and Inf are only where the original has them", len(floats), strange, "outputs"))
     for record in [r for r in records if r.logits] or floats:
@@ -65,6 +67,15 @@ def compare_outputs(
         if old[0][record.name].dtype.kind != "f":
             checks.append(at_least(f"{record.name}: equal", record.closeness.equal, None, "share of equal values"))
     return records, checks
+
+
+def _logits_name(sig: Signature) -> str | None:
+    """The output that holds logits: called so, or the [batch, length, vocabulary] output of a model of tokens."""
+    port = sig.first("logits")
+    if port is None or port.dtype.kind != "f":
+        return None
+    by_shape = sig.first("tokens") is not None and len(port.shape) == 3
+    return port.name if "logits" in port.name.lower() or by_shape else None
 
 
 def _mismatches(old: Outputs, new: Outputs, feeds: Sequence[Feed]) -> Iterator[str]:

@@ -8,8 +8,8 @@ import numpy as np
 from onnx import ModelProto, NodeProto, numpy_helper
 
 from nmonnx.tensors import TensorReader
-from nmonnx.validate.claims import Claims
-from nmonnx.validate.scopes import Key, Scopes
+from nmonnx.validate.claims import Claim, Claims
+from nmonnx.validate.scopes import Key, Scopes, Trail
 
 SLOTS = {"NMPrune": ("x", "scale", "shift", "order"), "NMMatMul": ("x", "W", "bias", "scale", "shift", "order")}
 """Inputs of the custom ops."""
@@ -29,6 +29,15 @@ class Pair:
 
     def __post_init__(self) -> None:
         self.old, self.new = Scopes(self.before), Scopes(self.after)
+        self._old_ends, self._new_ends = self._ends(self.old), self._ends(self.new)
+
+    def old_trail(self, claim: Claim) -> Trail | None:
+        """From the layer's activation to its output in the original; None when it lacks one of them."""
+        return self._trail(self.old, claim, self._old_ends)
+
+    def new_trail(self, claim: Claim) -> Trail | None:
+        """The same in the converted model."""
+        return self._trail(self.new, claim, self._new_ends)
 
     def constant(self, key: Key) -> np.ndarray | None:
         """The values of a stored tensor of the converted model; None when it is computed."""
@@ -47,3 +56,10 @@ class Pair:
             if key:
                 keys[slot] = key
         return keys
+
+    def _ends(self, scopes: Scopes) -> frozenset[Key]:
+        return frozenset(filter(None, (scopes.find(c.scope, c.output) for c in self.claims.sites)))
+
+    def _trail(self, scopes: Scopes, claim: Claim, ends: frozenset[Key]) -> Trail | None:
+        output, activation = scopes.find(claim.scope, claim.output), scopes.find(claim.scope, claim.activation)
+        return scopes.trail(output, activation, ends) if output and activation else None

@@ -90,10 +90,10 @@ class _Probe:
 def _probe(pair: Pair, claim: Claim) -> _Probe:
     if not claim.pruned:
         return _Probe(claim, None)
-    if claim.scope or not (start := pair.new.find("", claim.activation)) or not pair.new.find("", claim.output):
+    trail = pair.new_trail(claim)
+    if claim.scope or pair.new.find("", claim.activation) is None or trail is None:
         return _Probe(claim, None, "inside a subgraph or function, whose tensors cannot be seen from outside")
-    end = (claim.scope, claim.output)
-    ops = list(pair.new.trail(end, start).own.values())
+    ops = list(trail.own.values())
     if len(ops) != 1:
         return _Probe(claim, None, "it has no op of its own")
     inputs = pair.inputs_of("", ops[0])
@@ -145,8 +145,7 @@ def _see_op(probe: _Probe, after: Mapping[str, np.ndarray]) -> None:
     probe.nonzero += int(np.count_nonzero(got))
     if probe.fused:
         y = after[probe.claim.output]
-        rows = y.reshape(len(x), -1)
-        probe.after.append((_sample(x), _sample(rows)))
+        probe.after.append((_sample(x), _sample(y.reshape(-1, y.shape[-1]))))
         return
     probe.wrong_values += int((~_same(got, want)).sum())
     order = probe.options.get("order")
@@ -175,7 +174,7 @@ def _multiply(pair: Pair, probe: _Probe, site: Site | None) -> None:
         probe.note = str(e)
         return
     if weight.shape != (claim.k, claim.n):
-        probe.note = f"its weight has shape {list(weight.shape)}"
+        probe.note = f"its error is not measured: its weight has shape {list(weight.shape)}"
         return
     x = np.concatenate(probe.before)[:_ROWS].astype(np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -236,7 +235,7 @@ def _record(probe: _Probe) -> SiteRecord:
 
 
 def _square(x: np.ndarray) -> float:
-    """Sum of squares of the finite values."""
+    """Sum of the squares of the finite values."""
     wide = x.astype(np.float64).reshape(-1)
     wide = wide[np.isfinite(wide)]
     return float(wide @ wide)

@@ -48,9 +48,6 @@ def _check_sites(claims: Claims, found: Sequence[str]) -> Check:
 class _Structure:
     def __init__(self, pair: Pair) -> None:
         self.pair, self.claims = pair, pair.claims
-        self.ends_before = frozenset(filter(None, (pair.old.find(c.scope, c.output) for c in pair.claims.sites)))
-        self.ends_after = frozenset(filter(None, (pair.new.find(c.scope, c.output) for c in pair.claims.sites)))
-        self.neutral: set[Key] = set()
         self.served: dict[Key, set[str]] = {}
         self.trails: dict[str, Trail] = {}
         self.explained = Explained(pair.old, pair.new, pair.claims.changed)
@@ -114,32 +111,28 @@ class _Structure:
         ]
 
     def _faults_of(self, claim: Claim) -> Iterator[str]:
-        old, new = self.pair.old, self.pair.new
         if claim.pattern != str(self.claims.recipe.pattern):
             yield f"is pruned {claim.pattern}, the recipe asks for {self.claims.recipe.pattern}"
-        ends = (old.find(claim.scope, claim.output), new.find(claim.scope, claim.output))
-        starts = (old.find(claim.scope, claim.activation), new.find(claim.scope, claim.activation))
-        if ends[0] is None or starts[0] is None:
-            yield f"the original has no tensor {claim.output if ends[0] is None else claim.activation!r}"
+        before, after = self.pair.old_trail(claim), self.pair.new_trail(claim)
+        if before is None or after is None:
+            where = "the original" if before is None else "the converted model"
+            yield f"{where} lacks its activation {claim.activation!r} or its output {claim.output!r}"
             return
-        if ends[1] is None or starts[1] is None:
-            yield f"tensor {claim.output if ends[1] is None else claim.activation!r} is gone"
-            return
-        before = old.trail(ends[0], starts[0], self.ends_before)
-        after = new.trail(ends[1], starts[1], self.ends_after)
         self.trails[claim.name] = after
         for key in after.own:
             self.served.setdefault(key, set()).add(claim.name)
-        yield from self._faults_of_ops(claim, before, after, new.maker(starts[1]))
+        yield from self._faults_of_ops(claim, before, after)
         yield from self._faults_of_weights(before, after)
         self.explained.add(claim, before, after)
 
-    def _faults_of_ops(self, claim: Claim, before: Trail, after: Trail, source: NodeProto | None) -> Iterator[str]:
+    def _faults_of_ops(self, claim: Claim, before: Trail, after: Trail) -> Iterator[str]:
         if not before.ops:
             yield f"in the original its output does not depend on {claim.activation!r}"
         if after.ops != {1}:
             said = {frozenset(): "none is fed by its activation", frozenset({0}): "it has no op"}
             yield said.get(after.ops, f"the paths from its activation pass {sorted(after.ops)} ops")
+        start = self.pair.new.find(claim.scope, claim.activation)
+        source = self.pair.new.maker(start) if start else None
         if source is not None and (source.domain, source.op_type) == (DOMAIN, "NMPrune"):
             yield f"its activation {claim.activation!r} is pruned already by {label(source)!r}"
         for node in after.own.values():
