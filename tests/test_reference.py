@@ -46,7 +46,7 @@ def same_bits(a, b):
     return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(a.view(kind), b.view(kind))
 
 
-nasty = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 0.5, np.inf, -np.inf, np.nan, 6e-8, 65504.0])
+nasty = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 0.5, np.inf, -np.inf, np.nan, 2.0**-24, 65504.0])
 
 
 @settings(max_examples=60, deadline=None)
