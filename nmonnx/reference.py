@@ -35,8 +35,9 @@ def keep_mask(
     """Which elements of `x` [..., K] stay, as booleans in its shape.
 
     1. NaN ranks above Inf, Inf above the rest; of equal scores the one that comes first in its group stays.
-    2. A channel with scale 0 scores 0, even when it holds Inf.
-    3. The last K mod group channels are a group of their own that keeps min(keep, K mod group).
+    2. A channel with scale 0 scores 0, whatever it holds.
+    3. Scores are float32, of float64 values too.
+    4. The last K mod group channels are a group of their own that keeps min(keep, K mod group).
     """
     score = _scores(x, scale, shift)
     if order is not None:
@@ -73,12 +74,9 @@ def prune_matmul(
 
 
 def _scores(x: np.ndarray, scale: np.ndarray | None, shift: np.ndarray | None) -> np.ndarray:
-    size = np.abs(_shifted(x, shift))
-    if scale is None:
-        return size
     with np.errstate(invalid="ignore", over="ignore"):
-        scaled = size * scale.astype(size.dtype)
-    return np.where((scale == 0) & ~np.isnan(size), 0, scaled)
+        size = np.abs(_shifted(x, shift).astype(np.float32))
+        return size if scale is None else np.where(scale == 0, np.float32(0), size * scale.astype(np.float32))
 
 
 def _shifted(x: np.ndarray, shift: np.ndarray | None) -> np.ndarray:

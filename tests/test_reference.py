@@ -29,8 +29,8 @@ def by_hand(x, keep, group, scale=None, shift=None, order=None):
 
             def rank(position, members=members, z=z):
                 channel = members[position]
-                score = 0.0 if scale[channel] == 0 else abs(z[channel]) * scale[channel]
-                return (0, 0.0, position) if np.isnan(z[channel]) else (1, -score, position)
+                score = 0.0 if scale[channel] == 0 else np.float32(abs(z[channel])) * scale[channel]
+                return (0, 0.0, position) if np.isnan(score) else (1, -score, position)
 
             for position in sorted(range(len(members)), key=rank)[:keep]:
                 row_out[members[position]] = z[members[position]]
@@ -75,9 +75,16 @@ def test_nan_ranks_above_inf_and_both_are_kept_as_they_are():
     assert kept[0] == np.inf and np.isnan(kept[1]) and kept[2:].tolist() == [0, 0]
 
 
-def test_scale_zero_scores_zero_even_for_inf():
-    kept = prune(f32(np.inf, 1e-3), 1, 2, scale=f32(0, 1))
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_scale_zero_scores_zero_whatever_the_channel_holds(value):
+    kept = prune(f32(value, 1e-3), 1, 2, scale=f32(0, 1))
     assert kept.tolist() == [0, np.float32(1e-3)]
+
+
+def test_scores_of_doubles_are_compared_in_float32():
+    close = np.array([1.0, 1.0 + 1e-12])
+    assert keep_mask(close, 1, 2).tolist() == [True, False]
+    assert prune(close, 2, 2).tolist() == close.tolist()
 
 
 def test_dropped_values_are_positive_zero_never_nan():

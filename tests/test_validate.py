@@ -536,6 +536,7 @@ def test_a_pair_that_nothing_can_run_is_still_compared_and_says_so(tmp_path):
     report = validate(original, tmp_path / "c.onnx")
     assert report.passed and check(report, PRUNED).value >= 2
     assert [what for what, _ in report.skipped] == ["running"] and not report.outputs
+    assert [s.status for s in report.sites].count("pruned") == check(report, PRUNED).value
 
 
 def test_the_json_report_has_versions_digests_checks_and_a_record_for_every_layer(pairs: Pairs):

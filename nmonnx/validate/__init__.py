@@ -73,7 +73,9 @@ def validate(
     say("running the original")
     old = _run(original, feeds, task, seed, threads)
     if isinstance(old, str):
-        return Report(original, converted, pair.claims.recipe, tuple(checks), skipped=(("running", old),))
+        sites, _ = measure_sites(pair, found.sites, [], threads)
+        skipped = (("running", old),)
+        return Report(original, converted, pair.claims.recipe, tuple(checks), sites=tuple(sites), skipped=skipped)
     say("running the converted model")
     try:
         new = _run(converted, old.feeds, task, seed, threads)
@@ -82,7 +84,8 @@ def validate(
     failure = new if isinstance(new, str) else ""
     checks.append(Check("the converted model runs", int(not failure), 1, not failure, failure))
     if isinstance(new, str):
-        return Report(original, converted, pair.claims.recipe, tuple(checks), feeds=old.names)
+        sites, _ = measure_sites(pair, found.sites, [], threads)
+        return Report(original, converted, pair.claims.recipe, tuple(checks), sites=tuple(sites), feeds=old.names)
     outputs, output_checks = compare_outputs(old.outputs, new.outputs, old.feeds, old.sig, limits)
     say("measuring the layers")
     sites, site_checks = measure_sites(pair, found.sites, old.feeds, threads)

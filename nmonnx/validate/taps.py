@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from onnx import ModelProto
 
-from nmonnx.errors import RunError
+from nmonnx.errors import ModelError, RunError
 from nmonnx.feeds.sample import explain
+from nmonnx.library import register
 from nmonnx.tensors import TensorReader, all_tensors, is_external
 
 _FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
@@ -80,8 +82,5 @@ def _point_at_files(proto: ModelProto, reader: TensorReader, root: Path) -> None
 
 
 def _register(options) -> None:  # type: ignore[no-untyped-def]
-    try:
-        from nmonnx.library import register
-    except ImportError:
-        return
-    register(options)
+    with suppress(ModelError):  # without the library the model's fallback functions run
+        register(options)
