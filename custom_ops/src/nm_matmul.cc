@@ -2,9 +2,9 @@
 // not read. W lies as ONNX stores it and is never copied.
 //
 // Which product runs depends on the number of tokens T in the call:
-//   T = 1         Gemv: 8 kept rows side by side, over all columns
-//   T < 24        row-outer: the rows of one block meet every token while they are in the cache
-//   T >= 24       panel: 32 rows x some columns of W copied into the L1 cache, accumulators in registers
+//   T = 1     Gemv: 8 kept rows side by side
+//   T = 2, 3  row-outer: the rows of a small block meet every token while they are in the cache
+//   T >= 4    panel: 32 rows x some columns of W copied into the L1 cache, accumulators in registers
 
 #include <algorithm>
 #include <cstdlib>
@@ -17,12 +17,12 @@
 namespace nmonnx {
 namespace {
 
-constexpr size_t kPanelTokens = 24;     // from here on panels
+constexpr size_t kPanelTokens = 4;      // from here on panels
 constexpr size_t kPanelRows = 32;
 constexpr size_t kMaxTokens = 256;      // tokens handled at once: bounds the memory of lists and accumulators
 constexpr size_t kMaxTasks = 8;
 constexpr size_t kTaskBytes = 1 << 17;  // bytes of W a task reads at least
-constexpr size_t kLongRow = 8192;       // columns from which on Gemv splits the columns, below that the rows
+constexpr size_t kLongRow = 8192;       // columns from which on tasks split the columns, below that the rows
 constexpr size_t kColumnStep = 64;
 
 struct Free {
@@ -55,108 +55,115 @@ void Fill(const float* bias, size_t begin, size_t end, float* y) {
   }
 }
 
+// A share of the rows of W for one task, in units that Gemv and row-outer choose.
+struct Range {
+  size_t begin, end;
+};
+
+// y[tokens][begin..end) += what the units of a task add; `y` points to column 0.
 template <class T>
-void GemvByColumns(const Call& call, const KeptLists& lists, const Weight<T>& w, const float* bias, size_t tasks,
-                   float* y) {
-  const size_t step = CeilDiv(CeilDiv(w.columns, tasks), kColumnStep) * kColumnStep;
-  call.ParallelFor(CeilDiv(w.columns, step), [&](size_t task) {
-    const size_t begin = task * step, end = std::min(w.columns, begin + step);
-    Fill(bias, begin, end, y + begin);
-    w.kernels.add_rows(lists.Entries(0), lists.kept(), w.data + begin, w.columns, end - begin, y + begin);
-  });
+void AddUnits(const KeptLists& lists, const Weight<T>& w, Range units, Range columns, float* y) {
+  const T* data = w.data + columns.begin;
+  const size_t width = columns.end - columns.begin;
+  if (lists.tokens() == 1) {  // one block, whose entries are the units
+    return w.kernels.add_rows(lists.Entries(0, 0) + units.begin, units.end - units.begin, nullptr, 0, data, w.columns,
+                              width, y + columns.begin);
+  }
+  for (size_t b = units.begin; b < units.end; ++b) {
+    for (size_t t = 0; t < lists.tokens(); ++t) {
+      const bool last = b + 1 == units.end;
+      w.kernels.add_rows(lists.Entries(b, t), lists.Count(b, t), last ? nullptr : lists.Entries(b + 1, t),
+                         last ? 0 : lists.Count(b + 1, t), data, w.columns, width,
+                         y + t * w.columns + columns.begin);
+    }
+  }
 }
 
 template <class T>
-void GemvByRows(const Call& call, const KeptLists& lists, const Weight<T>& w, const float* bias, size_t tasks,
-                float* y) {
-  const size_t step = CeilDiv(CeilDiv(lists.kept(), tasks), 8) * 8;
-  const Floats parts = Allocate((tasks - 1) * w.columns);
-  Fill(bias, 0, w.columns, y);
-  tasks = CeilDiv(lists.kept(), step);
+void ByColumns(const Call& call, const KeptLists& lists, const Weight<T>& w, const float* bias, size_t units,
+               size_t tasks, float* y) {
+  const size_t step = CeilDiv(CeilDiv(w.columns, tasks), kColumnStep) * kColumnStep;
+  call.ParallelFor(CeilDiv(w.columns, step), [&](size_t task) {
+    const Range columns{task * step, std::min(w.columns, (task + 1) * step)};
+    for (size_t t = 0; t < lists.tokens(); ++t) Fill(bias, columns.begin, columns.end, y + t * w.columns + columns.begin);
+    AddUnits(lists, w, {0, units}, columns, y);
+  });
+}
+
+// Every task has sums of its own, which are added up at the end: rows stay whole, which is faster than short
+// pieces of them.
+template <class T>
+void ByRows(const Call& call, const KeptLists& lists, const Weight<T>& w, const float* bias, size_t units,
+            size_t tasks, float* y) {
+  const size_t step = CeilDiv(CeilDiv(units, tasks), 8) * 8;
+  tasks = CeilDiv(units, step);
+  const size_t size = lists.tokens() * w.columns;
+  const Floats parts = Allocate((tasks - 1) * size);
+  for (size_t t = 0; t < lists.tokens(); ++t) Fill(bias, 0, w.columns, y + t * w.columns);
   call.ParallelFor(tasks, [&](size_t task) {
-    float* part = task == 0 ? y : parts.get() + (task - 1) * w.columns;
-    if (task != 0) Fill(nullptr, 0, w.columns, part);
-    const size_t begin = task * step, end = std::min(lists.kept(), begin + step);
-    w.kernels.add_rows(lists.Entries(0) + begin, end - begin, w.data, w.columns, w.columns, part);
+    float* part = task == 0 ? y : parts.get() + (task - 1) * size;
+    if (task != 0) std::fill(part, part + size, 0.0f);
+    AddUnits(lists, w, {task * step, std::min(units, (task + 1) * step)}, {0, w.columns}, part);
   });
   for (size_t task = 1; task < tasks; ++task) {
-    const float* part = parts.get() + (task - 1) * w.columns;
-    for (size_t n = 0; n < w.columns; ++n) y[n] += part[n];
+    const float* part = parts.get() + (task - 1) * size;
+    for (size_t i = 0; i < size; ++i) y[i] += part[i];
   }
 }
 
 // The split depends on the shape alone, so that a result does not depend on the number of threads.
 template <class T>
-void Gemv(const Call& call, const KeptLists& lists, const Weight<T>& w, const float* bias, float* y) {
-  const size_t bytes = lists.kept() * w.columns * sizeof(T);
+void FewTokens(const Call& call, const KeptLists& lists, const Weight<T>& w, const float* bias, float* y) {
+  const size_t units = lists.tokens() == 1 ? lists.Count(0, 0) : lists.blocks();
+  const size_t bytes = lists.channels() * w.columns * sizeof(T) / 2;
   const size_t tasks = std::clamp<size_t>(bytes / kTaskBytes, 1, kMaxTasks);
   if (tasks == 1 || w.columns >= kLongRow) {
-    GemvByColumns(call, lists, w, bias, tasks, y);
+    ByColumns(call, lists, w, bias, units, tasks, y);
   } else {
-    GemvByRows(call, lists, w, bias, tasks, y);
+    ByRows(call, lists, w, bias, units, tasks, y);
   }
 }
 
-size_t StripOf(size_t tokens, size_t columns) {
-  if (tokens <= 4) return columns;
-  return tokens <= 12 ? 512 : 128;
-}
-
+// The sums of all tokens in one panel of columns: sums[t * panel_columns + n].
 template <class T>
-void RowOuter(const Call& call, const KeptLists& lists, const Weight<T>& w, const float* bias, float* y) {
-  const size_t bytes = lists.channels() * w.columns * sizeof(T);
-  const size_t tasks = std::clamp<size_t>(std::min(bytes / kTaskBytes, w.columns / 256), 1, kMaxTasks);
-  const size_t step = CeilDiv(CeilDiv(w.columns, tasks), kColumnStep) * kColumnStep;
-  const size_t strip = StripOf(lists.tokens(), step);
-  call.ParallelFor(CeilDiv(w.columns, step), [&](size_t task) {
-    const size_t last = std::min(w.columns, (task + 1) * step);
-    for (size_t begin = task * step; begin < last; begin += strip) {
-      const size_t end = std::min(last, begin + strip);
-      for (size_t t = 0; t < lists.tokens(); ++t) Fill(bias, begin, end, y + t * w.columns + begin);
-      for (size_t b = 0; b < lists.blocks(); ++b) {
-        for (size_t t = 0; t < lists.tokens(); ++t) {
-          const uint32_t* range = lists.Starts(t) + b;
-          w.kernels.add_rows(lists.Entries(t) + range[0], range[1] - range[0], w.data + begin, w.columns,
-                             end - begin, y + t * w.columns + begin);
-        }
-      }
-    }
-  });
+void AddPanelColumns(const KeptLists& lists, const Weight<T>& w, size_t begin, size_t columns, float* sums) {
+  const Floats panel = Allocate(kPanelRows * w.kernels.panel_columns);
+  const auto rows_of = [&](size_t b) { return std::min(kPanelRows, lists.channels() - b * kPanelRows); };
+  const auto start_of = [&](size_t b) { return w.data + b * kPanelRows * w.columns + begin; };
+  for (size_t b = 0; b < lists.blocks(); ++b) {
+    Ahead ahead{};
+    if (b + 1 < lists.blocks()) ahead = {start_of(b + 1), rows_of(b + 1), columns * sizeof(T), w.columns * sizeof(T)};
+    w.kernels.copy_panel(start_of(b), w.columns, rows_of(b), columns, panel.get());
+    w.kernels.add_panel(lists.Block(b), panel.get(), ahead, sums);
+  }
 }
 
 template <class T>
 void Panels(const Call& call, const KeptLists& lists, const Weight<T>& w, const float* bias, float* y) {
   const size_t width = w.kernels.panel_columns;
   call.ParallelFor(CeilDiv(w.columns, width), [&](size_t task) {
-    const size_t begin = task * width, end = std::min(w.columns, begin + width);
-    const Floats panel = Allocate(kPanelRows * width);
+    const size_t begin = task * width, columns = std::min(width, w.columns - begin);
     const Floats sums = Allocate(lists.tokens() * width);
     std::fill(sums.get(), sums.get() + lists.tokens() * width, 0.0f);
-    if (bias) {
-      for (size_t t = 0; t < lists.tokens(); ++t) Fill(bias, begin, end, sums.get() + t * width);
-    }
-    for (size_t b = 0; b < lists.blocks(); ++b) {
-      const size_t row = b * kPanelRows, rows = std::min(kPanelRows, lists.channels() - row);
-      w.kernels.copy_panel(w.data + row * w.columns + begin, w.columns, rows, end - begin, panel.get());
-      w.kernels.add_panel(lists.Entries(0), lists.kept(), lists.Starts(0) + b, lists.starts_stride(),
-                          lists.tokens(), row, panel.get(), sums.get());
-    }
+    AddPanelColumns(lists, w, begin, columns, sums.get());
     for (size_t t = 0; t < lists.tokens(); ++t) {
-      std::copy(sums.get() + t * width, sums.get() + t * width + (end - begin), y + t * w.columns + begin);
+      const float* from = sums.get() + t * width;
+      float* to = y + t * w.columns + begin;
+      for (size_t n = 0; n < columns; ++n) to[n] = bias ? from[n] + bias[begin + n] : from[n];
     }
   });
 }
 
 // Row-outer wants about 8 kept rows in a block: that is one sweep per token.
-size_t BlockRows(Pattern pattern, size_t tokens) {
+size_t BlockRows(Pattern pattern, size_t tokens, size_t channels) {
+  if (tokens == 1) return std::max<size_t>(1, channels);
   if (tokens >= kPanelTokens) return kPanelRows;
   return static_cast<size_t>(pattern.group) * CeilDiv(8, static_cast<size_t>(pattern.keep));
 }
 
 template <class T>
 void Multiply(const Call& call, const KeptLists& lists, const Weight<T>& w, const float* bias, float* y) {
-  if (lists.tokens() == 1) return Gemv(call, lists, w, bias, y);
-  if (lists.tokens() < kPanelTokens) return RowOuter(call, lists, w, bias, y);
+  if (lists.tokens() < kPanelTokens) return FewTokens(call, lists, w, bias, y);
   Panels(call, lists, w, bias, y);
 }
 
@@ -214,8 +221,8 @@ void MatMul(const Call& call, Pattern pattern, const Kernels& kernels) {
   const Weight<W> w{weight.As<W>(), columns, MatMulOf<W>(kernels)};
   for (size_t first = 0; first < tokens; first += kMaxTokens) {
     const size_t some = std::min(kMaxTokens, tokens - first);
-    KeptLists lists(some, channels, pattern.KeptOf(channels), BlockRows(pattern, some));
-    lists.Fill(call, kernels, pattern, criterion, x.As<X>() + first * channels);
+    KeptLists lists(some, channels, BlockRows(pattern, some, channels), pattern, criterion);
+    lists.Fill(call, kernels, x.As<X>() + first * channels);
     float* sums = SumsIn(y + first * columns, some * columns, scratch);
     Multiply(call, lists, w, bias, sums);
     Store(kernels.prune, sums, some * columns, y + first * columns);

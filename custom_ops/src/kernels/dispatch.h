@@ -42,18 +42,37 @@ struct PruneKernels {
   void (*narrow)(const float* x, size_t count, Half* y);
 };
 
+// Rows of W that will be needed soon: `rows` rows of `bytes` bytes, `stride` bytes apart.
+struct Ahead {
+  const void* data;
+  size_t rows;
+  size_t bytes;
+  size_t stride;
+};
+
+// The kept channels of every token in one block of rows: token t's are the first counts[t] from
+// `entries` + t * capacity.
+struct BlockEntries {
+  const Entry* entries;
+  const uint32_t* counts;
+  size_t capacity;
+  size_t tokens;
+  size_t first_row;
+};
+
 // Kernels that multiply with a row-major W of type T whose rows are `stride` values apart.
 template <class T>
 struct MatMulKernels {
   size_t panel_columns;
-  // y[0..columns) += sum of entry.value * W[entry.row][0..columns)
-  void (*add_rows)(const Entry* entries, size_t count, const T* w, size_t stride, size_t columns, float* y);
+  // y[0..columns) += sum of entry.value * W[entry.row][0..columns). The rows of the `next` entries are fetched
+  // towards the cache meanwhile.
+  void (*add_rows)(const Entry* entries, size_t count, const Entry* next, size_t next_count, const T* w,
+                   size_t stride, size_t columns, float* y);
   // Copies `rows` x `columns` of W to `panel`, rows `panel_columns` apart, filled up with zeros.
   void (*copy_panel)(const T* w, size_t stride, size_t rows, size_t columns, float* panel);
-  // For each token t: y[t][0..panel_columns) += sum of value * panel[row - first_row], over the token's entries
-  // [starts[t * starts_stride], starts[t * starts_stride + 1]) of `entries` + t * entries_stride.
-  void (*add_panel)(const Entry* entries, size_t entries_stride, const uint32_t* starts, size_t starts_stride,
-                    size_t tokens, size_t first_row, const float* panel, float* y);
+  // For each token t: y[t][0..panel_columns) += sum of value * panel[row - first_row] over its entries. What is
+  // `ahead` is fetched towards the cache meanwhile.
+  void (*add_panel)(const BlockEntries& block, const float* panel, const Ahead& ahead, float* y);
 };
 
 struct Kernels {

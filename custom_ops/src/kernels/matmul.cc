@@ -46,44 +46,72 @@ HWY_INLINE VF LoadWide(const Half* p) {
   }
 }
 
+constexpr size_t kLine = 64;
+constexpr size_t kSweepRows = 8;
+
+// Into the L2 cache: the L1 cache is full of what is being multiplied.
+HWY_INLINE void Fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 // One sweep over the columns that adds R rows at once: y is loaded and stored once for all of them, and R rows
-// side by side keep the memory busier than one after the other.
-template <int R, class T>
-void Sweep(const Entry* entries, const T* w, size_t stride, size_t columns, float* y) {
+// side by side keep the memory busier than one after the other. The rows of `next` are fetched for the next sweep.
+template <int R, bool kFetch, class T>
+void Sweep(const Entry* entries, const Entry* next, size_t next_count, const T* w, size_t stride, size_t columns,
+           float* y) {
   const DF d;
+  constexpr size_t kUnroll = kLanes < 8 ? 4 : 2;
   const T* rows[R];
+  const T* next_rows[kSweepRows];
   VF values[R];
   for (int r = 0; r < R; ++r) {
     rows[r] = w + entries[r].row * stride;
     values[r] = hn::Set(d, entries[r].value);
   }
+  if constexpr (kFetch) {
+    for (size_t r = 0; r < kSweepRows; ++r) next_rows[r] = w + next[r < next_count ? r : 0].row * stride;
+  }
   size_t n = 0;
-  for (; n + 2 * kLanes <= columns; n += 2 * kLanes) {
-    VF sum0 = hn::LoadU(d, y + n);
-    VF sum1 = hn::LoadU(d, y + n + kLanes);
-    for (int r = 0; r < R; ++r) {
-      sum0 = hn::MulAdd(values[r], LoadWide(rows[r] + n), sum0);
-      sum1 = hn::MulAdd(values[r], LoadWide(rows[r] + n + kLanes), sum1);
+  for (; n + kUnroll * kLanes <= columns; n += kUnroll * kLanes) {
+    if constexpr (kFetch) {
+      for (size_t r = 0; r < kSweepRows; ++r) {
+        for (size_t i = 0; i < kUnroll * kLanes; i += kLine / sizeof(T)) Fetch(next_rows[r] + n + i);
+      }
     }
-    hn::StoreU(sum0, d, y + n);
-    hn::StoreU(sum1, d, y + n + kLanes);
+    VF sums[kUnroll];
+    for (size_t u = 0; u < kUnroll; ++u) sums[u] = hn::LoadU(d, y + n + u * kLanes);
+    for (int r = 0; r < R; ++r) {
+      for (size_t u = 0; u < kUnroll; ++u) {
+        sums[u] = hn::MulAdd(values[r], LoadWide(rows[r] + n + u * kLanes), sums[u]);
+      }
+    }
+    for (size_t u = 0; u < kUnroll; ++u) hn::StoreU(sums[u], d, y + n + u * kLanes);
   }
   for (; n < columns; ++n) {
     for (int r = 0; r < R; ++r) y[n] += entries[r].value * Widen(rows[r][n]);
   }
 }
 
+template <int R, class T>
+void SweepOnce(const Entry* entries, const Entry* next, size_t next_count, const T* w, size_t stride, size_t columns,
+               float* y) {
+  if (next_count != 0) return Sweep<R, true>(entries, next, next_count, w, stride, columns, y);
+  Sweep<R, false>(entries, next, next_count, w, stride, columns, y);
+}
+
 template <class T>
-void AddRows(const Entry* entries, size_t count, const T* w, size_t stride, size_t columns, float* y) {
-  for (; count >= 8; count -= 8, entries += 8) Sweep<8>(entries, w, stride, columns, y);
+void AddRows(const Entry* entries, size_t count, const Entry* next, size_t next_count, const T* w, size_t stride,
+             size_t columns, float* y) {
+  for (; count > kSweepRows; count -= kSweepRows, entries += kSweepRows) {
+    Sweep<kSweepRows, true>(entries, entries + kSweepRows, count - kSweepRows, w, stride, columns, y);
+  }
   switch (count) {
-    case 7: return Sweep<7>(entries, w, stride, columns, y);
-    case 6: return Sweep<6>(entries, w, stride, columns, y);
-    case 5: return Sweep<5>(entries, w, stride, columns, y);
-    case 4: return Sweep<4>(entries, w, stride, columns, y);
-    case 3: return Sweep<3>(entries, w, stride, columns, y);
-    case 2: return Sweep<2>(entries, w, stride, columns, y);
-    case 1: return Sweep<1>(entries, w, stride, columns, y);
+    case 8: return SweepOnce<8>(entries, next, next_count, w, stride, columns, y);
+    case 7: return SweepOnce<7>(entries, next, next_count, w, stride, columns, y);
+    case 6: return SweepOnce<6>(entries, next, next_count, w, stride, columns, y);
+    case 5: return SweepOnce<5>(entries, next, next_count, w, stride, columns, y);
+    case 4: return SweepOnce<4>(entries, next, next_count, w, stride, columns, y);
+    case 3: return SweepOnce<3>(entries, next, next_count, w, stride, columns, y);
+    case 2: return SweepOnce<2>(entries, next, next_count, w, stride, columns, y);
+    case 1: return SweepOnce<1>(entries, next, next_count, w, stride, columns, y);
     default: return;
   }
 }
@@ -99,15 +127,42 @@ void CopyPanel(const T* w, size_t stride, size_t rows, size_t columns, float* pa
   }
 }
 
-void AddPanel(const Entry* entries, size_t entries_stride, const uint32_t* starts, size_t starts_stride,
-              size_t tokens, size_t first_row, const float* panel, float* y) {
+// Walks over the lines of what is ahead, some at a time.
+class Fetcher {
+ public:
+  HWY_INLINE explicit Fetcher(const Ahead& ahead)
+      : row_(static_cast<const char*>(ahead.data)), rows_(ahead.rows), bytes_(ahead.bytes), stride_(ahead.stride) {}
+
+  HWY_INLINE void Take(size_t lines) {
+    for (; lines != 0 && rows_ != 0; --lines) {
+      Fetch(row_ + at_);
+      at_ += kLine;
+      if (at_ < bytes_) continue;
+      at_ = 0;
+      row_ += stride_;
+      --rows_;
+    }
+  }
+
+ private:
+  const char* row_;
+  size_t rows_, bytes_, stride_;
+  size_t at_ = 0;
+};
+
+void AddPanel(const BlockEntries& block, const float* panel, const Ahead& ahead, float* y) {
   const DF d;
-  for (size_t t = 0; t < tokens; ++t, starts += starts_stride, entries += entries_stride, y += kPanelColumns) {
+  Fetcher fetcher(ahead);
+  const size_t lines = ahead.rows * ((ahead.bytes + kLine - 1) / kLine);
+  const size_t lines_per_token = (lines + block.tokens - 1) / block.tokens;
+  const Entry* entries = block.entries;
+  for (size_t t = 0; t < block.tokens; ++t, entries += block.capacity, y += kPanelColumns) {
+    fetcher.Take(lines_per_token);
     VF sums[kPanelVectors];
     for (size_t v = 0; v < kPanelVectors; ++v) sums[v] = hn::LoadU(d, y + v * kLanes);
-    for (uint32_t e = starts[0]; e < starts[1]; ++e) {
-      const float* row = panel + (entries[e].row - first_row) * kPanelColumns;
-      const VF value = hn::Set(d, entries[e].value);
+    for (const Entry* e = entries; e != entries + block.counts[t]; ++e) {
+      const float* row = panel + (e->row - block.first_row) * kPanelColumns;
+      const VF value = hn::Set(d, e->value);
       for (size_t v = 0; v < kPanelVectors; ++v) {
         sums[v] = hn::MulAdd(value, hn::LoadU(d, row + v * kLanes), sums[v]);
       }

@@ -31,7 +31,8 @@ void NarrowAll(const float* x, size_t count, Half* y) {
 }
 
 template <class T>
-void AddRows(const Entry* entries, size_t count, const T* w, size_t stride, size_t columns, float* y) {
+void AddRows(const Entry* entries, size_t count, const Entry*, size_t, const T* w, size_t stride, size_t columns,
+             float* y) {
   for (size_t e = 0; e < count; ++e) {
     const T* row = w + entries[e].row * stride;
     for (size_t n = 0; n < columns; ++n) y[n] += entries[e].value * Widen(row[n]);
@@ -47,12 +48,13 @@ void CopyPanel(const T* w, size_t stride, size_t rows, size_t columns, float* pa
   }
 }
 
-void AddPanel(const Entry* entries, size_t entries_stride, const uint32_t* starts, size_t starts_stride,
-              size_t tokens, size_t first_row, const float* panel, float* y) {
-  for (size_t t = 0; t < tokens; ++t) {
-    const uint32_t* range = starts + t * starts_stride;
-    AddRows(entries + t * entries_stride + range[0], range[1] - range[0], panel - first_row * kPanelColumns,
-            kPanelColumns, kPanelColumns, y + t * kPanelColumns);
+void AddPanel(const BlockEntries& block, const float* panel, const Ahead&, float* y) {
+  for (size_t t = 0; t < block.tokens; ++t, y += kPanelColumns) {
+    for (uint32_t e = 0; e < block.counts[t]; ++e) {
+      const Entry& entry = block.entries[t * block.capacity + e];
+      const float* row = panel + (entry.row - block.first_row) * kPanelColumns;
+      for (size_t n = 0; n < kPanelColumns; ++n) y[n] += entry.value * row[n];
+    }
   }
 }
 
