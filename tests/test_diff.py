@@ -14,6 +14,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from nmonnx.diff import NodeEdit, RewireEdit, TensorEdit, diff, fold, to_json, to_text
+from nmonnx.diff.compare import Comparison
 from nmonnx.diff.weights import digest, same_values
 from nmonnx.errors import InputError
 from nmonnx.tensors import TensorReader
@@ -220,6 +221,24 @@ def test_a_conversion_is_told_as_what_was_done_to_each_kind_of_layer(tmp_path):
         "~ 2: input 0 of MatMul: x -> /layers.0/pruned (/layers.0/{q,k}_proj/MatMul)",
         "~ 3 layers x 1: node MatMul -> NMMatMul 2:4 (/layers.{0..2}/v_proj/MatMul)",
         "~ 2 layers x 2: input 0 of MatMul: /layers.{0,1}/y -> /layers.{1,2}/pruned (/layers.{1,2}/{q,k}_proj/MatMul)",
+    ]
+
+
+def test_metadata_that_a_new_op_brings_is_part_of_it_and_metadata_that_is_lost_is_told():
+    def change(model):
+        replaced = node(model, "sum.1")
+        replaced.op_type = "Mean"
+        del replaced.metadata_props[:]
+        replaced.metadata_props.add(key="new", value="1")
+
+    before, after = stack(), stack()
+    node(before, "sum.1").metadata_props.add(key="scope", value="1")
+    change(after)
+    reader = TensorReader(Path("unused"))
+    edits = list(Comparison(reader, reader).models(before, after))
+    assert [(e.kind, e.change, e.name) for e in edits] == [
+        ("node", "changed", "sum.1"),
+        ("metadata", "removed", "sum.1"),
     ]
 
 
