@@ -102,7 +102,9 @@ class Comparison:
         yield from _rewired(scope, name, b.op_type, "output", a.output, b.output)
         if same_op:
             yield from self.attributes(scope, name, a, b)
-        yield from _metadata(scope, "node", name, a, b)
+        for edit in _metadata(scope, "node", name, a, b):
+            if same_op or edit.change != "added":  # what a new op carries is part of the new op
+                yield edit
 
     def attributes(self, scope: str, name: str, a: NodeProto, b: NodeProto) -> Iterator[Edit]:
         if a.doc_string != b.doc_string:

@@ -16,7 +16,7 @@ from nmonnx.graph import load, read_skeleton
 from nmonnx.sites import Found, find_sites
 from nmonnx.tensors import TensorReader
 from nmonnx.validate.claims import read_claims
-from nmonnx.validate.language import Answer, Task, ask, compare_answers, make_task
+from nmonnx.validate.language import Answer, Task, ask, compare_answers, make_task, text_feeds
 from nmonnx.validate.outputs import Outputs, compare_outputs, run_feeds
 from nmonnx.validate.pair import Pair
 from nmonnx.validate.result import (
@@ -54,7 +54,8 @@ def validate(
     """Compare `converted` with the `original` that it was made from.
 
     1. Proven from the files: see `check_structure`.
-    2. Measured on `feeds` (default: `sample_feeds` with `seed`): every output, and each pruned layer.
+    2. Measured on `feeds`: every output, and each pruned layer. By default pieces of the text, without a text (or when
+       the model takes no such calls) `sample_feeds` with `seed`.
     3. Measured on language: greedy continuations, and with a tokenizer and a text perplexity, each of `new_tokens`
        tokens and of at most `max_windows` windows of `window` tokens.
 
@@ -138,12 +139,14 @@ def _run(
 
     try:
         session = open_session(path, threads)
-        sampled = None if feeds is not None else sample_feeds(session, path, np.random.default_rng(seed))
+        if feeds is None:
+            rng = np.random.default_rng(seed)
+            feeds = text_feeds(session, path, task) or sample_feeds(session, path, rng)
     except NmonnxError as e:
         return str(e)
     except Exception as e:  # ONNX Runtime has no common class for its errors
         return f"{path}: {explain(e)}"
-    named = sampled or [f if isinstance(f, Feed) else Feed(f"feed {i}", dict(f)) for i, f in enumerate(feeds or ())]
+    named = [f if isinstance(f, Feed) else Feed(f"feed {i}", dict(f)) for i, f in enumerate(feeds)]
     outputs = run_feeds(session, path, named)
     return _Run(named, outputs, ask(session, path, task), signature(session, path))
 

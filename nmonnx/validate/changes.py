@@ -136,7 +136,7 @@ def _is_explained(edit: Edit, explained: Explained) -> bool:
         case ValueEdit() if edit.role == "value" and edit.change == "changed":
             return key in explained.read and edit.after == str(edit.before).partition("[")[0]
         case MetadataEdit() if edit.key.startswith("nmonnx.") and edit.change == "added":
-            return edit.owner == "model" or key in explained.fused
+            return edit.owner == "model"
         case OpsetEdit():
             return edit.name == DOMAIN and edit.change == "added"
         case FunctionEdit():

@@ -12,8 +12,10 @@ import numpy as np
 
 from nmonnx.decoder import Decoder
 from nmonnx.errors import InputError, RunError, UsageError
+from nmonnx.feeds import Feed, make_feeds, signature
 from nmonnx.perplexity import Perplexity, perplexity
 from nmonnx.text import encode
+from nmonnx.validate.outputs import run_feeds
 from nmonnx.validate.result import Check, LanguageRecord, Thresholds, at_least, at_most
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _PROMPTS, _PROMPT_LENGTH = 4, 16
+_FEEDS, _FEED_LENGTH = 4, 64
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,21 @@ def make_task(
         raise UsageError("a text was given without a tokenizer; give the tokenizer.json of the model too")
     tokens = encode(tokenizer, text) if tokenizer is not None and text is not None else None
     return Task(tokens, new_tokens, window, max_windows, seed)
+
+
+def text_feeds(session: ort.InferenceSession, path: Path, task: Task) -> list[Feed]:
+    """Pieces of the text as feeds, evenly spread; none when there is no text or the model takes no such calls."""
+    sig = signature(session, path)
+    length = sig.length or _FEED_LENGTH
+    if task.text is None or sig.first("tokens") is None or len(task.text) < length:
+        return []
+    pieces = [np.repeat(piece[None], sig.batch or 1, axis=0) for piece in _spread(task.text, _FEEDS, length)]
+    try:
+        feeds = [Feed(f"text {i}", make_feeds(sig, piece)) for i, piece in enumerate(pieces)]
+        run_feeds(session, path, feeds[:1])
+    except (InputError, RunError):
+        return []
+    return feeds
 
 
 def ask(session: ort.InferenceSession, path: Path, task: Task) -> Answer:
@@ -119,8 +137,12 @@ def _prompts(decoder: Decoder, task: Task) -> np.ndarray:
     length = decoder.sig.length or min(_PROMPT_LENGTH, max(1, (decoder.context or _PROMPT_LENGTH * 2) // 2))
     if task.text is None or len(task.text) < length:
         return np.random.default_rng(task.seed).integers(0, decoder.vocab, (count, length))
-    starts = np.linspace(0, len(task.text) - length, count).astype(int)
-    return np.stack([task.text[start : start + length] for start in starts])
+    return _spread(task.text, count, length)
+
+
+def _spread(tokens: np.ndarray, count: int, length: int) -> np.ndarray:
+    starts = np.linspace(0, len(tokens) - length, count).astype(int)
+    return np.stack([tokens[start : start + length] for start in starts])
 
 
 def _equal_prefix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
