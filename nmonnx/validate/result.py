@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -184,10 +184,6 @@ def at_most(name: str, value: float, limit: float | None, detail: str = "") -> C
 
 def at_least(name: str, value: float, limit: float | None, detail: str = "") -> Check:
     return Check(name, value, limit, limit is None or value >= limit, detail)
-
-
-def noted(record: SiteRecord, note: str) -> SiteRecord:
-    return replace(record, note=note)
 
 
 def _number(value: float) -> str:

@@ -221,7 +221,8 @@ def _is_beyond(excess: float | None) -> bool:
 
 def _record(probe: _Probe) -> SiteRecord:
     c = probe.claim
-    record = SiteRecord(c.name, c.role, c.block, c.k, c.n, c.status, c.pattern, c.kernel, c.reason, note=probe.note)
+    note = probe.note or ("" if probe.tokens or not c.pruned else "not measured: no tokens were seen")
+    record = SiteRecord(c.name, c.role, c.block, c.k, c.n, c.status, c.pattern, c.kernel, c.reason, note=note)
     if not probe.tokens:
         return record
     return replace(
