@@ -18,7 +18,7 @@ from rich.console import Console
 
 from nmonnx.convert import convert
 from nmonnx.decoder import Decoder
-from nmonnx.demo import decode_speed, progress_bar
+from nmonnx.demo import progress_bar, speeds
 from nmonnx.errors import NmonnxError
 from nmonnx.models import build
 from nmonnx.models.smollm2 import find_smollm2
@@ -82,7 +82,7 @@ def _ratio(dense: Path, path: Path, threads: int, ids, rounds: int, words: Conso
     if path == dense:
         return "1"
     with progress_bar(words, f"decode, {path.stem}, {threads} threads") as step:
-        speed = decode_speed(Decoder(dense, threads), Decoder(path, threads), ids[:64], 24, rounds, step)
+        _, speed = speeds(Decoder(dense, threads), Decoder(path, threads), ids[:64], 24, rounds, step)
     return f"{speed.ratio:.2f} ({speed.sparse:.1f} / {speed.dense:.1f} tokens/s)"
 
 

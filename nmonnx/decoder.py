@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nmonnx.decoder_cache import Growing, InPlace, Rerun, Runner, writes_in_place
-from nmonnx.errors import InputError, ModelError
+from nmonnx.errors import InputError
 from nmonnx.feeds import Signature, signature, vocabulary
-from nmonnx.feeds.sample import explain
+from nmonnx.library import make_session
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -37,7 +37,7 @@ class Decoder:
         file it came from. Raises ModelError when the file does not load, InputError when it is not a text decoder."""
         if isinstance(model, (str, Path)):
             path = Path(model)
-            session = open_session(path, threads)
+            session = make_session(path, threads)
         else:
             session = model
         self.sig = signature(session, path)
@@ -113,27 +113,6 @@ class Decoder:
                 )
             return np.split(tokens, length // self.sig.length, axis=1)
         return np.array_split(tokens, -(-length // self._runner.piece(batch, length, chunk)), axis=1)
-
-
-def open_session(path: Path, threads: int) -> ort.InferenceSession:
-    """A CPU session, with the custom ops where the library is installed. Raises ModelError when the model does not
-    load."""
-    try:
-        from nmonnx.library import make_session
-    except ImportError:
-        return _stock_session(path, threads)
-    return make_session(path, threads=threads)
-
-
-def _stock_session(path: Path, threads: int) -> ort.InferenceSession:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as e:
-        raise ModelError(f"{path} does not load into ONNX Runtime {onnxruntime.__version__}: {explain(e)}") from e
 
 
 def _refuse(sig: Signature) -> None:

@@ -31,8 +31,8 @@ Step = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Speed:
-    """Decode tokens per second of the dense and the sparse model, and the median ratio of their times, from rounds
-    that alternate between the two; below 1 the sparse model is faster."""
+    """Tokens per second of the dense and the sparse model, and the median ratio of their times, from rounds that
+    alternate between the two; below 1 the sparse model is faster."""
 
     dense: float
     sparse: float
@@ -52,7 +52,8 @@ class Demo:
     sparse_perplexity: Perplexity
     dense_text: Generation
     sparse_text: Generation
-    speed: Speed
+    prefill: Speed
+    decode: Speed
 
 
 def run(
@@ -85,32 +86,37 @@ def run(
         with progress_bar(words, f"perplexity, {name}") as step:
             measured.append(perplexity(decoder, ids, window=1024, max_windows=windows, progress=step))
     texts = [generate(decoder, tokenizer, prompt, tokens) for decoder in pair]
-    with progress_bar(words, "decode speed, dense beside sparse") as step:
-        speed = decode_speed(*pair, ids[:64], steps=24, rounds=9, step=step)
-    return Demo(dense, sparse, conversion, validation, measured[0], measured[1], texts[0], texts[1], speed)
+    with progress_bar(words, "speed, dense beside sparse") as step:
+        prefill, decode = speeds(*pair, ids[:256], steps=24, rounds=9, step=step)
+    return Demo(dense, sparse, conversion, validation, *measured, *texts, prefill, decode)
 
 
-def decode_speed(
+def speeds(
     dense: Decoder, sparse: Decoder, prompt: np.ndarray, steps: int, rounds: int, step: Step | None = None
-) -> Speed:
-    """Decode `steps` tokens after `prompt` with each model in turn, `rounds` times; medians over the rounds."""
-    seconds: list[tuple[float, float]] = []
+) -> tuple[Speed, Speed]:
+    """Read `prompt` in one call, then write `steps` tokens one call each, with either model in turn, `rounds` times.
+    Returns the speed of reading and of writing."""
+    seconds = []
     for index in range(rounds):
-        first, second = _decode_seconds(dense, prompt, steps), _decode_seconds(sparse, prompt, steps)
-        seconds.append((first, second))
+        seconds.append((_seconds(dense, prompt, steps), _seconds(sparse, prompt, steps)))
         if step:
             step(index + 1, rounds)
-    ratio = statistics.median(b / a for a, b in seconds)
-    rates = [steps / statistics.median(column) for column in zip(*seconds, strict=True)]
-    return Speed(rates[0], rates[1], ratio, rounds)
+    reading, writing = ([(d[part], s[part]) for d, s in seconds] for part in (0, 1))
+    return _speed(reading, prompt.size), _speed(writing, steps)
 
 
-def _decode_seconds(decoder: Decoder, prompt: np.ndarray, steps: int) -> float:
-    logits = decoder.prefill(prompt[None])
+def _seconds(decoder: Decoder, prompt: np.ndarray, steps: int) -> tuple[float, float]:
     start = time.perf_counter()
+    logits = decoder.prefill(prompt[None])
+    read = time.perf_counter()
     for _ in range(steps):
         logits = decoder.step(logits.argmax(-1))
-    return time.perf_counter() - start
+    return read - start, time.perf_counter() - read
+
+
+def _speed(seconds: list[tuple[float, float]], tokens: int) -> Speed:
+    dense, sparse = (tokens / statistics.median(column) for column in zip(*seconds, strict=True))
+    return Speed(dense, sparse, statistics.median(s / d for d, s in seconds), len(seconds))
 
 
 @contextmanager

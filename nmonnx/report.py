@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from nmonnx.digest import file_sha256
 from nmonnx.errors import ModelError, UsageError
 
 SCHEMA_VERSION = 1
@@ -81,7 +81,7 @@ def to_json(report: Report) -> str:
     envelope = {
         "schema_version": SCHEMA_VERSION,
         "versions": {name: _version(name) for name in ("nmonnx", "onnx", "onnxruntime", "numpy")},
-        "inputs": [{"path": str(p), "sha256": _sha256(p)} for p in report.inputs],
+        "inputs": [{"path": str(p), "sha256": file_sha256(p)} for p in report.inputs],
         **report.data,
     }
     return json.dumps(envelope, indent=2, ensure_ascii=False, default=str) + "\n"
@@ -121,11 +121,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

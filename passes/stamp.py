@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import onnx_graphsurgeon as gs
 
 import nmonnx
+from nmonnx.digest import file_sha256
 from nmonnx.graph import DOMAIN, Model
 from nmonnx.passes.result import PassResult
 from nmonnx.recipe import Recipe
@@ -37,7 +37,7 @@ class Stamp:
         entries = {
             "nmonnx.version": nmonnx.__version__,
             "nmonnx.recipe": self.recipe.to_json(),
-            "nmonnx.source": _sha256(model),
+            "nmonnx.source": file_sha256(model.path),
             "nmonnx.sites": json.dumps(records, ensure_ascii=False),
             "nmonnx.changed": json.dumps(changed, ensure_ascii=False),
         }
@@ -84,11 +84,3 @@ def _left(skipped: Skipped) -> dict[str, object]:
         "output": skipped.output,
         "scope": skipped.scope,
     }
-
-
-def _sha256(model: Model) -> str:
-    digest = hashlib.sha256()
-    with open(model.path, "rb") as f:
-        while block := f.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from itertools import zip_longest
-from pathlib import Path
 
 import numpy as np
 from onnx import TensorProto
@@ -37,15 +36,6 @@ def digest(tensor: TensorProto, reader: TensorReader) -> str:
     sha = hashlib.sha256(f"{tensor.data_type}:{list(tensor.dims)}:".encode())
     for piece in pieces(tensor, reader):
         sha.update(piece)
-    return sha.hexdigest()
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of the bytes of a file, streamed."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(_PIECE):
-            sha.update(piece)
     return sha.hexdigest()
 
 

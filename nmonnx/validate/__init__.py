@@ -13,6 +13,7 @@ from nmonnx.errors import NmonnxError, RunError
 from nmonnx.feeds import Feed, Signature, sample_feeds, signature
 from nmonnx.feeds.sample import explain
 from nmonnx.graph import load, read_skeleton
+from nmonnx.library import make_session
 from nmonnx.sites import Found, find_sites
 from nmonnx.tensors import TensorReader
 from nmonnx.validate.claims import read_claims
@@ -135,10 +136,8 @@ def _run(
 ) -> _Run | str:
     """Load a model once, run the feeds and the language task, and let it go; or the reason why it does not run at all.
     Raises RunError when it fails on feeds that were given."""
-    from nmonnx.decoder import open_session
-
     try:
-        session = open_session(path, threads)
+        session = make_session(path, threads)
         if feeds is None:
             rng = np.random.default_rng(seed)
             feeds = text_feeds(session, path, task) or sample_feeds(session, path, rng)

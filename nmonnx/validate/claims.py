@@ -9,7 +9,7 @@ from typing import Any
 
 from onnx import ModelProto
 
-from nmonnx.diff.weights import file_sha256
+from nmonnx.digest import file_sha256
 from nmonnx.errors import InputError, UsageError
 from nmonnx.pattern import Pattern
 from nmonnx.recipe import Recipe
