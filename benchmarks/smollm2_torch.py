@@ -52,7 +52,7 @@ def smollm2(path: Path) -> LlamaForCausalLM:
         num_attention_heads=9,
         num_key_value_heads=3,
         rms_norm_eps=1e-5,
-        rope_theta=100000.0,
+        rope_theta=100000.0,  # type: ignore[call-arg]
         tie_word_embeddings=True,
     )
     names = {"model.embed_tokens.weight": "lm_head.MatMul.weight"}

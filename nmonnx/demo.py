@@ -85,10 +85,11 @@ def run(
     for name, decoder in zip(("dense", "sparse"), pair, strict=True):
         with progress_bar(words, f"perplexity, {name}") as step:
             measured.append(perplexity(decoder, ids, window=1024, max_windows=windows, progress=step))
-    texts = [generate(decoder, tokenizer, prompt, tokens) for decoder in pair]
+    before, after = measured
+    dense_text, sparse_text = (generate(decoder, tokenizer, prompt, tokens) for decoder in pair)
     with progress_bar(words, "speed, dense beside sparse") as step:
         prefill, decode = speeds(*pair, ids[:256], steps=24, rounds=9, step=step)
-    return Demo(dense, sparse, conversion, validation, *measured, *texts, prefill, decode)
+    return Demo(dense, sparse, conversion, validation, before, after, dense_text, sparse_text, prefill, decode)
 
 
 def speeds(
