@@ -101,9 +101,8 @@ def _write_data(model: Model, moved: list[TensorProto], repacked: list[TensorPro
         start = written.get(key) if key else None
         if start is None:
             start = _pad(file, size)
-            raw = model.tensors.bytes_of(tensor)
-            for at in range(0, size, _CHUNK):
-                file.write(raw[at : at + _CHUNK])
+            for piece in _pieces(model, tensor):
+                file.write(piece)
             if key:
                 written[key] = start
         _point(tensor, name, start, size)
@@ -112,6 +111,20 @@ def _write_data(model: Model, moved: list[TensorProto], repacked: list[TensorPro
         for block in _transposed(model, model.repacked[tensor.name]):
             file.write(block)
         _point(tensor, name, start, byte_size(tensor))
+
+
+def _pieces(model: Model, tensor: TensorProto) -> Iterator[bytes]:
+    """The bytes of a tensor, read rather than mapped, so that memory stays that of one piece."""
+    if not is_external(tensor):
+        yield bytes(model.tensors.bytes_of(tensor))
+        return
+    source, offset, left = model.tensors.span(tensor)
+    with open(source, "rb") as file:
+        file.seek(offset)
+        while left:
+            piece = file.read(min(left, _CHUNK))
+            left -= len(piece)
+            yield piece
 
 
 def _pad(file: BinaryIO, size: int) -> int:
