@@ -26,7 +26,8 @@ class FuseMatMul:
     2. A weight stored as fp16 behind a Cast is read as fp16; nodes that only served the weight go away.
     3. A prune that no layer reads any more goes away.
     4. kernel "auto" leaves prune-only what fusing would not speed up: patterns that keep everything, so that n = m is
-       bit for bit the original, and weights of fewer than `worthwhile` elements, which the cache holds anyway.
+       bit for bit the original, and weights of fewer than `worthwhile` elements, where one token gains nothing and many
+       lose (benchmarks/kernels.py).
        "fused" fuses those too; "prune" leaves every layer prune-only.
     """
 
