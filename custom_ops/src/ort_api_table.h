@@ -33,7 +33,6 @@
     (OrtKernelContext * context, size_t index, const int64_t* dims, size_t count, OrtValue** out))           \
   X(93, 1, ReleaseStatus, void, (OrtStatus * status))                                                        \
   X(99, 1, ReleaseTensorTypeAndShapeInfo, void, (OrtTensorTypeAndShapeInfo * info))                          \
-  X(101, 1, ReleaseCustomOpDomain, void, (OrtCustomOpDomain * domain))                                       \
   X(267, 17, ShapeInferContext_GetInputCount, OrtStatus*,                                                    \
     (const OrtShapeInferContext* context, size_t* out))                                                      \
   X(268, 17, ShapeInferContext_GetInputTypeShape, OrtStatus*,                                                \
