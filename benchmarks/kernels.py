@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def _bench_matmul(arguments: argparse.Namespace) -> None:
             sparse = _session(_matmul_model(weights, pattern), arguments.threads)
             for tokens in arguments.tokens:
                 x = _activations(tokens, k, arguments.type)
-                runs = [lambda s=s, x=x: s.run(None, {"x": x}) for s in (dense, sparse)]
+                runs = [partial(session.run, None, {"x": x}) for session in (dense, sparse)]
                 times = _paired(runs, arguments.rounds) / len(weights)
                 base, ours = np.median(times, axis=0) * 1e6
                 ratio = np.median(times[:, 1] / times[:, 0])
@@ -63,7 +64,7 @@ def _bench_prune(arguments: argparse.Namespace) -> None:
                 y = np.empty_like(x)
                 ours = _bound_run(_prune_model(pattern, arguments.type), x, arguments.threads)
                 passing = _bound_run(_prune_model(None, arguments.type), x, arguments.threads)
-                times = _paired([lambda x=x, y=y: np.copyto(y, x), passing, ours], arguments.rounds)
+                times = _paired([partial(np.copyto, y, x), passing, ours], arguments.rounds)
                 copy, base, prune = np.median(times, axis=0) * 1e6
                 of_base, of_copy = np.median(times[:, 2:] / times[:, 1::-1], axis=0)
                 print(
@@ -73,7 +74,7 @@ def _bench_prune(arguments: argparse.Namespace) -> None:
                 )
 
 
-def _paired(runs: list[Callable[[], object]], rounds: int) -> np.ndarray:
+def _paired(runs: Sequence[Callable[[], object]], rounds: int) -> np.ndarray:
     """Seconds of each run, [rounds, len(runs)], alternating; a run is repeated until it takes 2 ms."""
     repeats = [max(1, int(2e-3 / max(1e-7, _seconds(run, 3)))) for run in runs]
     return np.array([[_seconds(run, n) for run, n in zip(runs, repeats, strict=True)] for _ in range(rounds)])
@@ -140,7 +141,7 @@ def _bound_run(model: bytes, x: np.ndarray, threads: int) -> Callable[[], object
     binding = session.io_binding()
     binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(x))
     binding.bind_ortvalue_output("y", onnxruntime.OrtValue.ortvalue_from_numpy(np.empty_like(x)))
-    return lambda: session.run_with_iobinding(binding)
+    return partial(session.run_with_iobinding, binding)
 
 
 def _cpu() -> str:

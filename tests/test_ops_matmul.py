@@ -145,6 +145,12 @@ def test_any_rank_and_no_tokens_are_legal(shape):
     assert_close(matmul(x, w, 8, 16), x, w, 8, 16)
 
 
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_no_channels_leave_the_bias(tokens):
+    x, w, bias = np.ones((tokens, 0), np.float32), np.ones((0, 20), np.float32), np.arange(20, dtype=np.float32)
+    assert_same_bits(matmul(x, w, 8, 16, bias=bias), np.tile(bias, (tokens, 1)))
+
+
 @pytest.mark.parametrize(
     "shapes,words",
     [

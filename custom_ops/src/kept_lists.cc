@@ -25,7 +25,7 @@ size_t Capacity(size_t channels, size_t block_rows, Pattern pattern, const Crite
 
 KeptLists::KeptLists(size_t tokens, size_t channels, size_t block_rows, Pattern pattern, const Criterion& criterion)
     : pattern_(pattern), criterion_(criterion), tokens_(tokens), channels_(channels), block_rows_(block_rows),
-      blocks_((channels + block_rows - 1) / block_rows),
+      blocks_(std::max<size_t>(1, (channels + block_rows - 1) / block_rows)),
       capacity_(Capacity(channels, block_rows, pattern, criterion)), entries_(blocks_ * tokens * capacity_),
       counts_(blocks_ * tokens) {}
 

@@ -8,7 +8,7 @@
 namespace nmonnx {
 
 // W is cut into blocks of `block_rows` rows. The entries of all tokens in one block lie together, as a product
-// reads them; within a block each token has room for the most entries it can have there.
+// reads them; within a block each token has room for the most entries it can have there. There is at least one block.
 class KeptLists {
  public:
   KeptLists(size_t tokens, size_t channels, size_t block_rows, Pattern pattern, const Criterion& criterion);
@@ -20,7 +20,9 @@ class KeptLists {
   size_t channels() const { return channels_; }
   size_t blocks() const { return blocks_; }
   size_t block_rows() const { return block_rows_; }
-  const Entry* Entries(size_t block, size_t token) const { return entries_.data() + (block * tokens_ + token) * capacity_; }
+  const Entry* Entries(size_t block, size_t token) const {
+    return entries_.data() + (block * tokens_ + token) * capacity_;
+  }
   size_t Count(size_t block, size_t token) const { return counts_[block * tokens_ + token]; }
   BlockEntries Block(size_t block) const {
     return {Entries(block, 0), counts_.data() + block * tokens_, capacity_, tokens_, block * block_rows_};

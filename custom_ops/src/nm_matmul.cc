@@ -85,7 +85,9 @@ void ByColumns(const Call& call, const KeptLists& lists, const Weight<T>& w, con
   const size_t step = CeilDiv(CeilDiv(w.columns, tasks), kColumnStep) * kColumnStep;
   call.ParallelFor(CeilDiv(w.columns, step), [&](size_t task) {
     const Range columns{task * step, std::min(w.columns, (task + 1) * step)};
-    for (size_t t = 0; t < lists.tokens(); ++t) Fill(bias, columns.begin, columns.end, y + t * w.columns + columns.begin);
+    for (size_t t = 0; t < lists.tokens(); ++t) {
+      Fill(bias, columns.begin, columns.end, y + t * w.columns + columns.begin);
+    }
     AddUnits(lists, w, {0, units}, columns, y);
   });
 }
