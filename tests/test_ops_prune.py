@@ -115,12 +115,12 @@ def test_exactly_n_are_kept_and_kept_values_are_bit_equal(data):
 
 
 def test_ties_go_to_the_lowest_index():
-    x = np.float32([[2, -2, 2, 2, 1, 2, 2, 2]])
+    x = np.array([[2, -2, 2, 2, 1, 2, 2, 2]], np.float32)
     assert prune(x, 2, 4).tolist() == [[2, -2, 0, 0, 0, 2, 2, 0]]
 
 
 def test_nan_outranks_infinity_and_many_nan_tie():
-    x = np.float32([[np.inf, np.nan, 1, np.nan, np.nan, np.nan, np.nan, np.inf]])
+    x = np.array([[np.inf, np.nan, 1, np.nan, np.nan, np.nan, np.nan, np.inf]], np.float32)
     y = prune(x, 2, 4)
     assert np.isnan(y).tolist() == [[False, True, False, True, True, True, False, False]]
     assert y[0, [0, 2, 6, 7]].tolist() == [0, 0, 0, 0]
@@ -132,17 +132,17 @@ def test_a_group_of_zeros_keeps_its_first_signs():
 
 
 def test_scale_zero_beats_nothing_even_for_infinity():
-    y = prune(np.float32([[np.inf, 1, 2, 3]]), 2, 4, scale=np.float32([0, 1, 1, 1]))
+    y = prune(np.array([[np.inf, 1, 2, 3]], np.float32), 2, 4, scale=np.array([0, 1, 1, 1], np.float32))
     assert y.tolist() == [[0, 0, 2, 3]]
 
 
 def test_a_negative_scale_ranks_below_zero():
-    y = prune(np.float32([[5, 0, 7, 0]]), 2, 4, scale=np.float32([-1, 1, -1, 1]))
+    y = prune(np.array([[5, 0, 7, 0]], np.float32), 2, 4, scale=np.array([-1, 1, -1, 1], np.float32))
     assert y.tolist() == [[0, 0, 0, 0]]
 
 
 def test_order_changes_the_groups_but_not_the_places():
-    x = np.float32([[1, 2, 3, 4]])
+    x = np.array([[1, 2, 3, 4]], np.float32)
     assert prune(x, 1, 2, order=np.array([0, 2, 1, 3], np.int32)).tolist() == [[0, 0, 3, 4]]
     assert prune(x, 1, 2, order=np.array([0, 3, 1, 2], np.int64)).tolist() == [[0, 0, 3, 4]]
     assert prune(x, 1, 2).tolist() == [[0, 2, 0, 4]]
