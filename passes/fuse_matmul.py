@@ -9,12 +9,10 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from nmonnx.graph import DOMAIN, Model, Transposed
+from nmonnx.passes.bodies import CAST_LIKE_OPSET
 from nmonnx.passes.result import PassResult
 from nmonnx.passes.surgery import Names, no_longer_serves, note, remove_dead
 from nmonnx.sites import FusableWeight, Site
-
-CAST_LIKE_OPSET = 15
-"""First opset in which the fallback body can widen an fp16 weight to the type of the activation."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,10 @@ def _fuse(model: Model, names: Names, site: Site, made_by: str) -> list[gs.Node]
     weight, prune, old = site.fusable, _prune_of(site), site.node
     assert weight is not None and prune is not None
     inputs = [prune.inputs[0], _weight_tensor(model, names, site, weight)]
-    if weight.bias is not None:
-        inputs.append(weight.bias)
+    criterion = list(prune.inputs)[1:]
+    if weight.bias is not None or criterion:
+        inputs.append(weight.bias or gs.Variable.empty())
+    inputs += criterion
     attrs = {"keep": prune.attrs["keep"], "group": prune.attrs["group"]}
     outputs = list(old.outputs)
     feeders = [producer for t in old.inputs for producer in t.inputs]
@@ -127,6 +127,6 @@ def _weight_tensor(model: Model, names: Names, site: Site, weight: FusableWeight
             model.repacked[name] = Transposed(name, weight.proto)
         return gs.Variable(name)
     half_behind_cast = weight.elem == TensorProto.FLOAT16 and site.elem == TensorProto.FLOAT
-    if half_behind_cast and model.opset < CAST_LIKE_OPSET:
+    if half_behind_cast and model.opset < CAST_LIKE_OPSET:  # the fallback body cannot widen it there
         return site.node.inputs[1]
     return weight.tensor

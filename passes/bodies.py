@@ -1,0 +1,208 @@
+"""The custom ops in ONNX text: what each means, in stock operators of a given opset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nmonnx.graph import DOMAIN
+
+OLDEST_OPSET = 9
+SLICE_OPSET = 10
+ELEMENTS_OPSET = 11
+ATTRIBUTE_OPSET = 13
+ALLOW_ZERO_OPSET = 14
+CAST_LIKE_OPSET = 15
+
+CRITERION = ("scale", "shift", "order")
+"""Optional inputs of both ops, in their order."""
+
+
+@dataclass(frozen=True)
+class Body:
+    """What a function must be able to do; each step that no node needs is left out.
+
+    opset      operator set of the body
+    pattern    (keep, group), written into the body below opset 13, whose Constant cannot read an attribute
+    tail       rows that do not divide into groups
+    criterion  which of scale, shift and order the nodes bring
+    bias       whether the `NMMatMul` nodes bring a bias
+    """
+
+    opset: int
+    pattern: tuple[int, int]
+    tail: bool = False
+    criterion: frozenset[str] = frozenset()
+    bias: bool = False
+
+    def refusal(self, patterns: int) -> str:
+        """Why the opset cannot express this with so many patterns; "" when it can."""
+        if self.opset < OLDEST_OPSET:
+            return f"opset {self.opset} is too old for the fallback functions, which need {OLDEST_OPSET}"
+        if self.opset < ATTRIBUTE_OPSET and patterns > 1:
+            return f"opset {self.opset} cannot express several patterns in one fallback function; {ATTRIBUTE_OPSET} can"
+        if self.opset < SLICE_OPSET and self.tail:
+            return f"opset {self.opset} cannot express a tail group in a fallback function; {SLICE_OPSET} can"
+        if self.opset < CAST_LIKE_OPSET and self.criterion:
+            words = " and ".join(sorted(self.criterion))
+            return f"opset {self.opset} cannot express {words} in a fallback function; {CAST_LIKE_OPSET} can"
+        return ""
+
+
+def prune_function(body: Body) -> str:
+    """`NMPrune` in ONNX text."""
+    return _function("NMPrune", ["x", *_criterion_inputs(body)], _prune(body, "y"), body.opset)
+
+
+def matmul_function(body: Body) -> str:
+    """`NMMatMul` in ONNX text: the prune, a MatMul and, if there is a bias, an Add."""
+    lines = _prune(body, "pruned")
+    weight = "W"
+    if body.opset >= CAST_LIKE_OPSET:
+        lines.append("weight = CastLike(W, x)")
+        weight = "weight"
+    lines.append(f"{'product' if body.bias else 'y'} = MatMul(pruned, {weight})")
+    if body.bias:
+        lines.append("y = Add(product, bias)")
+    middle = ["bias"] if body.bias or body.criterion else []
+    return _function("NMMatMul", ["x", "W", *middle, *_criterion_inputs(body)], lines, body.opset)
+
+
+def _criterion_inputs(body: Body) -> list[str]:
+    last = max((CRITERION.index(c) for c in body.criterion), default=-1)
+    return list(CRITERION[: last + 1])
+
+
+def _prune(body: Body, y: str) -> list[str]:
+    opset, (keep, group) = body.opset, body.pattern
+    named = opset >= ATTRIBUTE_OPSET
+    top_k = "TopK <axis = 1> (ranked, keep_n)" if opset >= 10 else f"TopK <axis = 1, k = {keep}> (ranked)"
+    zero_ok = "<allowzero = 1> " if opset >= ALLOW_ZERO_OPSET else ""
+    form = "padded" if body.tail else "cut"
+    return [
+        "one = Constant <value = int64[1] {1}> ()",
+        "nought = Constant <value = int64[1] {0}> ()",
+        "rest = Constant <value = int64[1] {-1}> ()",
+        *_option("keep", keep, named),
+        *_option("group", group, named),
+        "shape = Shape(x)",
+        "rank = Shape(shape)",
+        "last = Sub(rank, one)",
+        "channels = Gather <axis = 0> (shape, last)",
+        "row_shape = Concat <axis = 0> (rest, channels)",
+        "rows = Reshape(x, row_shape)",
+        *_shifted("shift" in body.criterion),
+        *_scored("scale" in body.criterion),
+        # a zero of x's own type, whatever x holds
+        "sign = Sign(rows)",
+        "rows_zero = Shrink <lambd = 2.0> (sign)",
+        *_ordered("order" in body.criterion),
+        *(_pad_rows() if body.tail else []),
+        "group_shape = Concat <axis = 0> (rest, group_n)",
+        f"ranked = Reshape({form}_score, group_shape)",
+        f"values = Reshape({form}_x, group_shape)",
+        f"zeros = Reshape({form}_zero, group_shape)",
+        f"best, index = {top_k}",
+        *(_select() if opset >= ELEMENTS_OPSET else _select_by_mask()),
+        *(_cut_rows() if body.tail else ["cut_y = Reshape(selected, row_shape)"]),
+        "rows_y = Gather <axis = 1> (cut_y, back)" if "order" in body.criterion else "rows_y = Identity(cut_y)",
+        f"{y} = Reshape {zero_ok}(rows_y, shape)",
+    ]
+
+
+def _option(name: str, value: int, named: bool) -> list[str]:
+    if named:
+        return [f"{name}_0 = Constant <value_int: int = @{name}> ()", f"{name}_n = Reshape({name}_0, one)"]
+    return [f"{name}_n = Constant <value = int64[1] {{{value}}}> ()"]
+
+
+def _shifted(shift: bool) -> list[str]:
+    if not shift:
+        return ["wide = Cast <to = 1> (rows)", "rows_x = Identity(rows)"]
+    return ["dense = Cast <to = 1> (rows)", "wide = Sub(dense, shift)", "rows_x = CastLike(wide, x)"]
+
+
+def _scored(scale: bool) -> list[str]:
+    weighted = [
+        "product_score = Mul(size, scale)",
+        "no_scale = Constant <value = float[1] {0}> ()",
+        "unscored = Equal(scale, no_scale)",
+        "weighted = Where(unscored, no_scale, product_score)",  # a scale of 0 scores 0 even for infinity and NaN
+    ]
+    return [
+        "size = Abs(wide)",
+        *(weighted if scale else ["weighted = Identity(size)"]),
+        # doubles, so that infinity can give way to NaN and still beat every finite number
+        "exact = Cast <to = 11> (weighted)",
+        "huge = Constant <value = double[1] {1e300}> ()",
+        "nan_score = Constant <value = double[1] {1.5e308}> ()",
+        "finite = Min(exact, huge)",
+        "is_nan = IsNaN(weighted)",
+        "rows_score = Where(is_nan, nan_score, finite)",
+    ]
+
+
+def _ordered(order: bool) -> list[str]:
+    if not order:
+        return [f"cut_{name} = Identity(rows_{name})" for name in ("score", "x", "zero")]
+    return [
+        "places = Cast <to = 7> (order)",
+        *(f"cut_{name} = Gather <axis = 1> (rows_{name}, places)" for name in ("score", "x", "zero")),
+        # where each channel stands in the order
+        "count_0 = Squeeze(channels, nought)",
+        "from_0 = Constant <value = int64 {0}> ()",
+        "step_0 = Constant <value = int64 {1}> ()",
+        "ranks = Range(from_0, count_0, step_0)",
+        "back = ScatterElements <axis = 0> (ranks, places, ranks)",
+    ]
+
+
+def _pad_rows() -> list[str]:
+    return [
+        "less = Sub(group_n, one)",
+        "more = Add(channels, less)",
+        "groups = Div(more, group_n)",
+        "padded = Mul(groups, group_n)",
+        "missing = Sub(padded, channels)",
+        "score_shape = Shape(cut_score)",
+        "count = Gather <axis = 0> (score_shape, nought)",
+        "pad_shape = Concat <axis = 0> (count, missing)",
+        "pad_score = ConstantOfShape <value = double[1] {-1}> (pad_shape)",
+        "padded_score = Concat <axis = 1> (cut_score, pad_score)",
+        "column = Gather <axis = 1> (cut_zero, nought)",
+        "pad_zero = Expand(column, pad_shape)",
+        "padded_x = Concat <axis = 1> (cut_x, pad_zero)",
+        "padded_zero = Concat <axis = 1> (cut_zero, pad_zero)",
+    ]
+
+
+def _select() -> list[str]:
+    return [
+        "kept = GatherElements <axis = 1> (values, index)",
+        "selected = ScatterElements <axis = 1> (zeros, index, kept)",
+    ]
+
+
+def _select_by_mask() -> list[str]:
+    # ONNX Runtime's Where turns a kept -0 into +0: only for opsets that have nothing better
+    return [
+        "ranked_shape = Shape(ranked)",
+        "index_shape = Shape(index)",
+        "none = ConstantOfShape <value = float[1] {0}> (ranked_shape)",
+        "hits = ConstantOfShape <value = float[1] {1}> (index_shape)",
+        "hit = Scatter <axis = 1> (none, index, hits)",
+        "mask = Cast <to = 9> (hit)",
+        "selected = Where(mask, values, zeros)",
+    ]
+
+
+def _cut_rows() -> list[str]:
+    return [
+        "padded_shape = Concat <axis = 0> (rest, padded)",
+        "padded_y = Reshape(selected, padded_shape)",
+        "cut_y = Slice(padded_y, nought, channels, one)",
+    ]
+
+
+def _function(op: str, inputs: list[str], lines: list[str], opset: int) -> str:
+    head = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{op} <keep, group> ({", ".join(inputs)}) => (y)'
+    return head + "\n{\n" + "\n".join(f"  {line}" for line in lines) + "\n}"
