@@ -72,8 +72,9 @@ def run(
     """
     dense = folder / "model.onnx"
     if not dense.exists():
+        weights = find_smollm2()
         with progress_bar(words, "writing the fp32 model") as step:
-            build(find_smollm2(), folder, progress=step)
+            build(weights, folder, progress=step)
     sparse = folder / f"model-{str(recipe.pattern).replace(':', 'x')}.onnx"
     conversion = convert(dense, sparse, recipe, overwrite=True)
     with words.status("validating"):

@@ -36,7 +36,6 @@ def command(
 
     check_format(report)
     recipe = Recipe(Pattern.parse(pattern))
-    output.mkdir(parents=True, exist_ok=True)
     done = run(output, recipe, text, windows, prompt, max_new_tokens, threads, Console(stderr=True))
     tell(demonstration(done, prompt), report)
 
