@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not TARGETS, reason="the custom op library is no
 
 PATTERNS = [(2, 4), (8, 16), (4, 16), (16, 32), (1, 1), (5, 12), (31, 63), (1, 64)]
 TYPES = [(np.float32, np.float32), (np.float16, np.float16), (np.float32, np.float16)]
-TOKENS = (0, 1, 2, 3, 4, 5, 31)  # one on each side of every change of kernel
+TOKENS = (0, 1, 2, 3, 5, 6, 31)  # one on each side of every change of kernel
 
 _sessions: dict[tuple, Op] = {}
 
@@ -56,7 +56,7 @@ def test_every_number_of_columns_around_a_vector_boundary_is_right(simd):
     rng = np.random.default_rng(0)
     for columns in [*range(1, 36), 47, 48, 49, 63, 64, 65, 95, 96, 97, 127, 128, 129, 257]:
         w = draw(rng, (32, columns), np.float32)
-        for tokens in (1, 2, 4):
+        for tokens in (1, 2, 6):
             x = draw(rng, (tokens, 32), np.float32)
             assert_close(matmul(x, w, 8, 16, simd), x, w, 8, 16)
 
@@ -127,7 +127,7 @@ def test_rows_that_no_token_keeps_are_not_read(tokens):
 def test_all_float16_weights_are_widened_exactly(simd):
     """One channel, x = 1: y is W itself; NaN payloads aside."""
     w = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(1, -1)
-    for tokens in (1, 4):
+    for tokens in (1, 2, 6):
         y = matmul(np.ones((tokens, 1), np.float32), w, 1, 1, simd)
         np.testing.assert_array_equal(y, w.astype(np.float32).repeat(tokens, axis=0))
 

@@ -3,8 +3,8 @@
 //
 // Which product runs depends on the number of tokens T in the call:
 //   T = 1     Gemv: 8 kept rows side by side
-//   T = 2, 3  row-outer: the rows of a small block meet every token while they are in the cache
-//   T >= 4    panel: 32 rows x some columns of W copied into the L1 cache, accumulators in registers
+//   T = 2..5  row-outer: the rows of a small block meet every token while they are in the cache
+//   T >= 6    panel: 32 rows x some columns of W copied into the L1 cache, accumulators in registers
 
 #include <algorithm>
 #include <cstdlib>
@@ -17,7 +17,7 @@
 namespace nmonnx {
 namespace {
 
-constexpr size_t kPanelTokens = 4;      // from here on panels
+constexpr size_t kPanelTokens = 6;      // from here on panels
 constexpr size_t kPanelRows = 32;
 constexpr size_t kMaxTokens = 256;      // tokens handled at once: bounds the memory of lists and accumulators
 constexpr size_t kMaxTasks = 8;
