@@ -75,7 +75,7 @@ def _criterion_inputs(body: Body) -> list[str]:
 def _prune(body: Body, y: str) -> list[str]:
     opset, (keep, group) = body.opset, body.pattern
     named = opset >= ATTRIBUTE_OPSET
-    top_k = "TopK <axis = 1> (ranked, keep_n)" if opset >= 10 else f"TopK <axis = 1, k = {keep}> (ranked)"
+    top_k = "TopK <axis = 1> (never_empty, keep_n)" if opset >= 10 else f"TopK <axis = 1, k = {keep}> (never_empty)"
     zero_ok = "<allowzero = 1> " if opset >= ALLOW_ZERO_OPSET else ""
     form = "padded" if body.tail else "cut"
     return [
@@ -101,7 +101,12 @@ def _prune(body: Body, y: str) -> list[str]:
         f"ranked = Reshape({form}_score, group_shape)",
         f"values = Reshape({form}_x, group_shape)",
         f"zeros = Reshape({form}_zero, group_shape)",
-        f"best, index = {top_k}",
+        # one row more, because ONNX Runtime's TopK divides by the number of rows before 1.24
+        "row_form = Concat <axis = 0> (one, group_n)",
+        "row_more = ConstantOfShape <value = double[1] {-1}> (row_form)",
+        "never_empty = Concat <axis = 0> (ranked, row_more)",
+        f"best, index_more = {top_k}",
+        _first_rows(opset),
         *(_select() if opset >= ELEMENTS_OPSET else _select_by_mask()),
         *(_cut_rows() if body.tail else ["cut_y = Reshape(selected, row_shape)"]),
         "rows_y = Gather <axis = 1> (cut_y, back)" if "order" in body.criterion else "rows_y = Identity(cut_y)",
@@ -173,6 +178,12 @@ def _pad_rows() -> list[str]:
         "padded_x = Concat <axis = 1> (cut_x, pad_zero)",
         "padded_zero = Concat <axis = 1> (cut_zero, pad_zero)",
     ]
+
+
+def _first_rows(opset: int) -> str:
+    if opset < SLICE_OPSET:
+        return "index = Slice <axes = [0], starts = [0], ends = [-1]> (index_more)"
+    return "index = Slice(index_more, nought, rest, nought)"
 
 
 def _select() -> list[str]:
