@@ -170,3 +170,18 @@ def test_a_bias_of_the_wrong_size_ends_in_a_sentence():
     x, w = np.ones((2, 8), np.float32), np.ones((8, 4), np.float32)
     with pytest.raises(Exception, match=r"bias has shape \[3\]; it must be \[4\]"):
         matmul(x, w, 2, 4, bias=np.ones(3, np.float32))
+
+
+@pytest.mark.parametrize("shape", [(40,), (1, 40), (1,), (1, 1), ()], ids=str)
+def test_a_bias_is_a_row_whatever_ones_stand_before_it(shape):
+    rng = np.random.default_rng(5)
+    x, w, bias = draw(rng, (3, 32), np.float32), draw(rng, (32, 40), np.float32), draw(rng, shape, np.float32)
+    row = np.broadcast_to(bias.reshape(-1), (40,))
+    assert_close(matmul(x, w, 8, 16, bias=bias), x, w, 8, 16, row)
+
+
+def test_a_bias_that_is_a_column_ends_in_a_sentence():
+    rng = np.random.default_rng(6)
+    x, w, bias = draw(rng, (3, 32), np.float32), draw(rng, (32, 40), np.float32), draw(rng, (40, 1), np.float32)
+    with pytest.raises(Exception, match=r"NMMatMul: bias has shape \[40, 1\]"):
+        matmul(x, w, 8, 16, bias=bias)

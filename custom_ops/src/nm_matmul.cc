@@ -182,7 +182,8 @@ const float* ReadBias(const Call& call, const PruneKernels& kernels, size_t colu
   const std::optional<Tensor> bias = call.OptionalInput(2);
   if (!bias) return nullptr;
   const size_t count = bias->Count();
-  if (bias->dims.size() > 1 || (count != columns && count != 1)) {
+  const bool is_row = bias->dims.empty() || static_cast<size_t>(bias->dims.back()) == count;
+  if (!is_row || (count != columns && count != 1)) {
     throw Refusal("NMMatMul: bias has shape " + ToString(bias->dims) + "; it must be [" + std::to_string(columns) +
                   "] (the columns of W) or [1]");
   }
