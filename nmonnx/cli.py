@@ -41,27 +41,33 @@ def options(
 
 def main() -> None:
     """Run the command line; every error is one sentence on stderr and an exit code."""
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
-    debug = "--debug" in sys.argv
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
     try:
-        app()
-    except NmonnxError as e:
-        if debug:
-            raise
-        errors.print(f"nmonnx: error: {e}", markup=False)
-        sys.exit(e.exit_code)
+        sys.exit(app([a for a in arguments if a != "--debug"], standalone_mode=False) or 0)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except MemoryError:
-        errors.print("nmonnx: error: out of memory", markup=False)
-        sys.exit(4)
     except Exception as e:
         if debug:
             raise
-        words = " ".join(f"{type(e).__name__}: {e}".split())
-        errors.print(f"nmonnx: internal error: {words} (--debug shows where)", markup=False)
-        sys.exit(4)
+        code, words = _explain(e)
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"nmonnx: {words}", markup=False)
+        sys.exit(code)
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    if isinstance(error, NmonnxError):
+        return error.exit_code, f"error: {error}"
+    usage = getattr(error, "format_message", None)  # click's own errors, whichever click typer brings
+    if usage is not None:
+        return 2, f"error: {usage()} (--help shows the usage)"
+    if isinstance(error, UnicodeError):
+        return 2, "error: an argument is not valid UTF-8; rename the file or retype the text"
+    if isinstance(error, MemoryError):
+        return 4, "error: out of memory"
+    words = " ".join(f"{type(error).__name__}: {error}".split())
+    return 4, f"internal error: {words} (--debug shows where)"
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from nmonnx.errors import UsageError
-from nmonnx.graph import load
+from nmonnx.errors import InputError, UsageError
+from nmonnx.graph import Model, load
 from nmonnx.passes import PassResult, pipeline, run
 from nmonnx.recipe import Recipe
 from nmonnx.save import save
@@ -47,7 +47,7 @@ def convert(source: str | Path, out: str | Path | None, recipe: Recipe, overwrit
     in the way, ModelError when writing fails.
     """
     model = load(source)
-    earlier = converted_with(model)
+    earlier = converted_with(model) or _recipe_in(model)
     if earlier:
         raise UsageError(f"{source} is converted already ({earlier}); convert the original model instead")
     found = find_sites(model)
@@ -55,10 +55,24 @@ def convert(source: str | Path, out: str | Path | None, recipe: Recipe, overwrit
     _refuse_nothing(model.path, found, selection)
     results = run(pipeline(recipe, selection.left), model, selection.chosen)
     records = tuple(json.loads(model.metadata["nmonnx.sites"]))
-    written = save(model, out, overwrite) if out is not None else None
-    if written is not None:
-        _copy_sidecars(model.path, written)
+    written = save(model, out, overwrite, _sidecars(model.path, Path(out))) if out is not None else None
     return Conversion(Path(source), recipe, found, selection, tuple(results), records, written)
+
+
+def converted_records(model: Model) -> list[dict] | None:
+    """What a converted model says of each linear layer of its original (`nmonnx.sites`); None for any other model."""
+    stored = next((p.value for p in model.proto.metadata_props if p.key == "nmonnx.sites"), None)
+    try:
+        return json.loads(stored) if stored else None
+    except ValueError as e:
+        raise InputError(f"{model.path}: its metadata entry nmonnx.sites is damaged; convert the original again") from e
+
+
+def _recipe_in(model: Model) -> str:
+    """The pattern that the metadata speaks of: the ops may have been inlined since."""
+    recipe = next((p.value for p in model.proto.metadata_props if p.key == "nmonnx.recipe"), "")
+    match = re.search(r'"pattern": "([^"]*)"', recipe)
+    return match[1] if match else recipe[:40]
 
 
 def _refuse_nothing(path: Path, found: Found, selection: Selection) -> None:
@@ -71,23 +85,28 @@ def _refuse_nothing(path: Path, found: Found, selection: Selection) -> None:
     raise UsageError(f"{path}: nothing to prune, all {len(linears)} linear layers are left: {'; '.join(reasons[:3])}")
 
 
-def _copy_sidecars(source: Path, out: Path) -> None:
+def _sidecars(source: Path, out: Path) -> dict[str, bytes]:
+    """Contents of the small files that a runtime looks for beside the model, where `out` lies in another folder that
+    has none of its own yet."""
     if source.parent.resolve() == out.parent.resolve():
-        return
+        return {}
+    found = {}
     for name in SIDECARS:
-        file, copy = source.parent / name, out.parent / name
-        if file.is_file() and not copy.exists():
-            shutil.copyfile(file, copy)
-            if name == "genai_config.json":
-                _point_genai(copy, source.name, out.name)
+        file = source.parent / name
+        if file.is_file() and not (out.parent / name).exists():
+            found[name] = file.read_bytes()
+    if "genai_config.json" in found:
+        found["genai_config.json"] = _pointing_at(found["genai_config.json"], source.name, out.name)
+    return found
 
 
-def _point_genai(config: Path, old: str, new: str) -> None:
+def _pointing_at(config: bytes, old: str, new: str) -> bytes:
     try:
-        data = json.loads(config.read_text(encoding="utf-8"))
+        data = json.loads(config)
         decoder = data["model"]["decoder"]
-    except (ValueError, KeyError, TypeError):
-        return
-    if decoder.get("filename") == old:
-        decoder["filename"] = new
-        config.write_text(json.dumps(data, indent=4), encoding="utf-8")
+        if decoder.get("filename") != old:
+            return config
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return config
+    decoder["filename"] = new
+    return json.dumps(data, indent=4).encode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 
@@ -31,28 +30,10 @@ class Pattern:
     @classmethod
     def parse(cls, text: str) -> Pattern:
         """Read "8:16". Raises UsageError for anything else."""
-        match = re.fullmatch(r"\s*(\d{1,6})\s*:\s*(\d{1,6})\s*", text)
+        match = re.fullmatch(r"\s*([0-9]{1,6})\s*:\s*([0-9]{1,6})\s*", text)
         if not match:
             raise UsageError(f"pattern {text!r} is not N:M, for example 8:16 (keep 8 of every 16 channels)")
         return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
-
-    @property
-    def density(self) -> float:
-        """Share of the channels that is kept (of whole groups)."""
-        return self.n / self.m
-
-    @property
-    def is_dense(self) -> bool:
-        return self.n == self.m
-
-    def kept_of(self, channels: int) -> int:
-        """Channels kept of a row of `channels`: a tail of channels % m keeps min(n, tail)."""
-        return channels // self.m * self.n + min(self.n, channels % self.m)
-
-    @property
-    def metadata_bits(self) -> float:
-        """Entropy of the mask in bits per channel, log2(C(m, n)) / m."""
-        return math.log2(math.comb(self.m, self.n)) / self.m

@@ -15,6 +15,7 @@ from nmonnx.pattern import Pattern
 KERNELS = ("auto", "prune", "fused")
 FALLBACKS = ("function", "none")
 DEFAULT_PATTERN = Pattern(8, 16)
+SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -43,35 +44,47 @@ class Recipe:
             raise UsageError(f"fallback {self.fallback!r} is not one of {', '.join(FALLBACKS)}")
 
     def to_json(self) -> str:
-        return json.dumps({"schema_version": 1, **asdict(self), "pattern": str(self.pattern)})
+        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self), "pattern": str(self.pattern)})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str = "recipe") -> Recipe:
         """Raises UsageError on an unknown key or a wrong value, naming it."""
         known = {f.name for f in fields(cls)}
-        unknown = sorted(set(data) - known - {"schema_version"})
+        unknown = sorted(str(k) for k in set(data) - known - {"schema_version"})
         if unknown:
             raise UsageError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
-        values = {k: v for k, v in data.items() if k in known}
-        if "pattern" in values:
-            values["pattern"] = Pattern.parse(_pattern_text(values["pattern"]))
-        for key in ("include", "exclude"):
-            if key in values:
-                values[key] = (values[key],) if isinstance(values[key], str) else tuple(values[key])
-        return cls(**values)
+        if data.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+            raise UsageError(f"{where}: schema_version {data['schema_version']!r}; this release reads {SCHEMA_VERSION}")
+        return cls(**{key: _value(key, value, where) for key, value in data.items() if key in known})
 
     @classmethod
     def read(cls, path: Path, flags: dict[str, Any] | None = None) -> Recipe:
         """Read a recipe from a .yaml or .json file; `flags` win over it. Raises InputError or UsageError."""
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as e:
             raise InputError(f"recipe {path} cannot be read: {str(e).splitlines()[0]}") from e
         if data is not None and not isinstance(data, dict):
             raise InputError(f"recipe {path} is not a mapping; write for example 'pattern: 8:16'")
         return cls.from_dict({**(data or {}), **(flags or {})}, str(path))
 
 
+def _value(key: str, value: object, where: str) -> Any:
+    """A value of a recipe in its proper type. Raises UsageError when it has another."""
+    if key == "pattern":
+        return Pattern.parse(_pattern_text(value))
+    if key in ("include", "exclude"):
+        selectors = [value] if isinstance(value, str) else value
+        if not isinstance(selectors, (list, tuple)) or not all(isinstance(s, str) and s for s in selectors):
+            raise UsageError(f"{where}: {key} must be a selector or a list of selectors, not {value!r}")
+        return tuple(selectors)
+    expected = bool if key == "lm_head" else str
+    if not isinstance(value, expected):
+        raise UsageError(f"{where}: {key} must be {'true or false' if expected is bool else 'a word'}, not {value!r}")
+    return value
+
+
 def _pattern_text(value: object) -> str:
     # YAML 1.1 reads an unquoted 8:16 as the base-60 number 496
-    return f"{value // 60}:{value % 60}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    sixty = isinstance(value, int) and not isinstance(value, bool) and value >= 60
+    return f"{value // 60}:{value % 60}" if sixty else str(value)  # type: ignore[operator]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from rich.console import Console
@@ -60,11 +61,18 @@ def show(report: Report, console: Console) -> None:
 
 
 def check_format(path: Path | None) -> None:
-    """Refuse a report file of unknown format before any work is done. Raises UsageError."""
-    if path is not None and path.suffix not in FORMATS:
+    """Refuse a report that could not be written before any work is done. Raises UsageError."""
+    if path is None:
+        return
+    if path.suffix not in FORMATS:
         raise UsageError(f"--report {path}: the name must end in {', '.join(FORMATS)}")
-    if path is not None and not path.absolute().parent.is_dir():
-        raise UsageError(f"--report {path}: the folder {str(path.parent)!r} does not exist")
+    try:
+        if path.is_dir():
+            raise UsageError(f"--report {path} is a folder; name a file")
+        with TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as e:
+        raise UsageError(f"--report {path} cannot be written: {e.strerror}; choose another place") from e
 
 
 def write(report: Report, path: Path) -> None:

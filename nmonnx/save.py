@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
+from types import MappingProxyType
 from typing import BinaryIO
 
 import numpy as np
 from onnx import TensorProto
 from onnx.external_data_helper import set_external_data
 
-from nmonnx.errors import ModelError, UsageError
+from nmonnx.errors import InputError, ModelError, UsageError
 from nmonnx.graph import Model, Transposed
 from nmonnx.tensors import all_tensors, byte_size, is_external
 from nmonnx.weave import weave
@@ -25,7 +26,9 @@ _CHUNK = 16 << 20
 _PAGE, _LINE, _LARGE = 4096, 64, 1 << 20
 
 
-def save(model: Model, out: str | Path, overwrite: bool = False) -> Path:
+def save(
+    model: Model, out: str | Path, overwrite: bool = False, sidecars: Mapping[str, bytes] = MappingProxyType({})
+) -> Path:
     """Write the edited model to `out`, with its weights where they belong:
 
     1. A model without external data stays one file.
@@ -33,12 +36,13 @@ def save(model: Model, out: str | Path, overwrite: bool = False) -> Path:
        OUT.data. Written anywhere else, every weight is copied to OUT.data, shared ranges once, unused bytes
        not at all, so that the folder stands alone.
     3. Offsets are multiples of 64 bytes, of 4096 for tensors of 1 MiB and more.
+    4. `sidecars` are further files of the folder, name -> content, written with it.
 
     Raises UsageError when a file is in the way, ModelError when writing fails (nothing is left behind then).
     """
     out = Path(out)
     data = out.with_name(out.name + ".data")
-    _refuse_clashes(model, out, data, overwrite)
+    _refuse_clash(model, out, overwrite)
     proto = weave(model)
     tensors = list(all_tensors(proto))
     external = [t for t in tensors if is_external(t)]
@@ -53,26 +57,29 @@ def save(model: Model, out: str | Path, overwrite: bool = False) -> Path:
             tensor.raw_data = b"".join(_transposed(model, model.repacked[tensor.name]))
         repacked = []
     if moved or repacked:
-        with _replacing(out) as f, _replacing(data) as d:
-            _write_data(model, moved, repacked, d, data.name)
-            f.write(proto.SerializeToString())
-    else:
-        with _replacing(out) as f:
-            f.write(proto.SerializeToString())
+        _refuse_clash(model, data, overwrite)
+    with staging(out) as staged:
+        if moved or repacked:
+            _write_data(model, moved, repacked, staged.open(data), data.name)
+        staged.open(out).write(proto.SerializeToString())
+        for name, content in sidecars.items():
+            staged.open(out.with_name(name)).write(content)
     return out
 
 
-def _refuse_clashes(model: Model, out: Path, data: Path, overwrite: bool) -> None:
-    if not out.parent.is_dir():
-        raise UsageError(f"the folder {str(out.parent)!r} does not exist; create it first")
-    if out.is_dir():
-        raise UsageError(f"{out} is a folder; name a file, for example {out / 'sparse.onnx'}")
-    inputs = [model.path, *(model.tensors.span(t)[0] for t in all_tensors(model.proto) if is_external(t))]
-    for file in (out, data):
-        if any(file.exists() and file.samefile(source) for source in inputs):
+def _refuse_clash(model: Model, file: Path, overwrite: bool) -> None:
+    try:
+        if not file.parent.is_dir():
+            raise UsageError(f"the folder {str(file.parent)!r} does not exist; create it first")
+        if file.is_dir():
+            raise UsageError(f"{file} is a folder; name a file, for example {file / 'sparse.onnx'}")
+        inputs = [model.path, *(model.tensors.span(t)[0] for t in all_tensors(model.proto) if is_external(t))]
+        if file.exists() and any(file.samefile(source) for source in inputs):
             raise UsageError(f"{file} is part of the input model, which is never changed; choose another output")
         if file.exists() and not overwrite:
             raise UsageError(f"{file} exists; use --overwrite to replace it, or choose another output")
+    except OSError as e:
+        raise UsageError(f"{str(file)[:200]!r} cannot be an output: {e.strerror}; choose another name or folder") from e
 
 
 def _may_share(model: Model, out: Path) -> bool:
@@ -119,7 +126,11 @@ def _pieces(model: Model, tensor: TensorProto) -> Iterator[bytes]:
         yield bytes(model.tensors.bytes_of(tensor))
         return
     source, offset, left = model.tensors.span(tensor)
-    with open(source, "rb") as file:
+    try:
+        file = open(source, "rb")  # noqa: SIM115 - only opening it is the input's fault
+    except OSError as e:
+        raise InputError(f"cannot read {source}: {e.strerror}") from e
+    with file:
         file.seek(offset)
         while left:
             piece = file.read(min(left, _CHUNK))
@@ -146,23 +157,45 @@ def _transposed(model: Model, new: Transposed) -> Iterator[bytes]:
         yield np.ascontiguousarray(stored[:, at : at + rows].T).tobytes()
 
 
+class Staged:
+    """Files written under temporary names beside their places, and put there together at the end."""
+
+    def __init__(self) -> None:
+        self._files: list[tuple[BinaryIO, Path]] = []
+
+    def open(self, place: Path) -> BinaryIO:
+        """A new file that will take the place of `place`."""
+        self._files.append((NamedTemporaryFile(prefix=f".{place.name[:80]}.", dir=place.parent, delete=False), place))  # type: ignore[arg-type]  # noqa: SIM115
+        return self._files[-1][0]
+
+    def publish(self) -> None:
+        """Everything is on the disk before the first name changes."""
+        for file, _ in self._files:
+            file.close()
+            os.chmod(file.name, 0o666 & ~_umask())
+        for file, place in self._files:
+            os.replace(file.name, place)
+
+    def discard(self) -> None:
+        for file, _ in self._files:
+            with suppress(OSError):
+                file.close()
+            with suppress(OSError):
+                os.unlink(file.name)
+
+
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends well, and leaves nothing behind when it does not."""
+def staging(out: Path) -> Iterator[Staged]:
+    """Files that appear when the block ends well; when it does not, nothing is left behind. Raises ModelError when
+    the disk is full or the folder cannot be written."""
+    staged = Staged()
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
-    except OSError as e:
-        raise ModelError(f"cannot write {path}: {e.strerror}") from e
-    try:
-        with os.fdopen(handle, "wb") as f:
-            yield f
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        yield staged
+        staged.publish()
     except BaseException as e:
-        with suppress(OSError):
-            os.unlink(temporary)
+        staged.discard()
         if isinstance(e, OSError):
-            raise ModelError(f"cannot write {path}: {e.strerror}; nothing was left behind") from e
+            raise ModelError(f"cannot write {out}: {e.strerror or e}; nothing was left behind") from e
         raise
 
 

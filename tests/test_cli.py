@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.inliner
 import pytest
 from onnx import TensorProto, helper
 from small_models import mlp, write
@@ -142,6 +143,36 @@ class TestBadInput:
         (tmp_path / "r.yaml").write_text("patern: 8:16\n")
         assert "patern" in refused(tmp_path, 2, "convert", model, "-c", "r.yaml")
 
+    def test_a_recipe_of_wrong_types(self, model, tmp_path):
+        for line in (
+            "lm_head: 'no'",
+            "include: 5",
+            "include: [1, 2]",
+            "include:",
+            "pattern: 8",
+            "schema_version: 99",
+            "- a",
+        ):
+            (tmp_path / "r.yaml").write_text(line)
+            assert "r.yaml" in refused(tmp_path, 2, "convert", model, "-c", "r.yaml") or line == "pattern: 8"
+
+    def test_an_empty_flag(self, model, tmp_path):
+        assert "''" in refused(tmp_path, 2, "convert", model, "--pattern", "")
+        assert "''" in refused(tmp_path, 2, "convert", model, "--kernel", "")
+
+    def test_a_report_that_cannot_be_written(self, model, tmp_path):
+        (tmp_path / "folder.json").mkdir()
+        assert "folder" in refused(tmp_path, 2, "convert", model, "--report", "folder.json")
+        assert "/proc/r.json" in refused(tmp_path, 2, "convert", model, "--report", "/proc/r.json")
+
+    def test_an_output_name_that_no_file_can_have(self, model, tmp_path):
+        assert "too long" in refused(tmp_path, 2, "convert", model, "-o", "x" * 300 + ".onnx")
+
+    def test_a_converted_model_whose_functions_were_inlined(self, model, tmp_path):
+        nmonnx("convert", model, "-o", tmp_path / "o.onnx")
+        onnx.save(onnx.inliner.inline_local_functions(onnx.load(tmp_path / "o.onnx")), tmp_path / "i.onnx")
+        assert "already" in refused(tmp_path, 2, "convert", "i.onnx", "-o", "p.onnx")
+
     def test_a_full_disk(self, model, tmp_path):
         code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
         code += "; import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); import sys"
@@ -165,12 +196,30 @@ class TestBadInput:
         assert ".json" in refused(tmp_path, 2, "inspect", model, "--report", "r.pdf")
 
 
+def test_inspecting_a_converted_model_says_what_was_done(model, tmp_path):
+    nmonnx("convert", model, "-o", tmp_path / "o.onnx")
+    assert "2 of 2 linear layers pruned" in nmonnx("inspect", tmp_path / "o.onnx").stdout
+    assert "NMPrune 8:16" in nmonnx("inspect", tmp_path / "o.onnx", "-v").stdout
+
+
+def test_usage_errors_are_one_sentence(tmp_path):
+    assert "MODEL" in refused(tmp_path, 2, "convert")
+    assert "--frobnicate" in refused(tmp_path, 2, "convert", "m.onnx", "--frobnicate")
+    assert "explode" in refused(tmp_path, 2, "explode")
+
+
+def test_debug_shows_the_traceback_wherever_it_stands(tmp_path):
+    for arguments in (("--debug", "inspect", "no.onnx"), ("inspect", "no.onnx", "--debug")):
+        assert "Traceback" in nmonnx(*arguments, cwd=tmp_path).stderr
+
+
 def test_help_says_what_n_counts():
     assert "KEPT" in nmonnx("convert", "--help").stdout
 
 
 def test_start_up_imports_nothing_heavy():
-    code = "import sys, nmonnx.cli; print([m for m in ('torch', 'transformers', 'onnxruntime', 'onnx') if m in sys.modules])"
+    heavy = ("torch", "transformers", "onnxruntime", "onnx")
+    code = f"import sys, nmonnx.cli; print([m for m in {heavy} if m in sys.modules])"
     paths = os.pathsep.join(p for p in sys.path if p)
     run = subprocess.run(
         [sys.executable, "-c", code],

@@ -51,7 +51,7 @@ def read(path: Path) -> Golden:
         values = weights(*(int(d) for d in shape.split(",")), seed=seed, dtype=np.dtype(kind).type)
         proto.graph.initializer.append(numpy_helper.from_array(values, name))
     refused = fields.pop("refused", "")
-    recipe = Recipe.from_dict({k: v.split() if k == "include" else v for k, v in fields.items()})
+    recipe = Recipe.from_dict({k: v == "true" if k == "lm_head" else v for k, v in fields.items()})
     return Golden(title, recipe, refused, proto, after)
 
 

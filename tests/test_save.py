@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -130,16 +132,72 @@ def test_an_existing_output_is_kept_unless_overwrite(tmp_path):
     onnx.checker.check_model(str(out))
 
 
-@pytest.mark.parametrize("target", ["m.onnx", "b.onnx"])
-def test_the_input_is_never_overwritten(tmp_path, target):
+def test_the_input_is_never_overwritten(tmp_path):
+    source = write(mlp(), tmp_path / "m.onnx", external=True)
+    with pytest.raises(UsageError, match="never changed"):
+        save(load(source), source, overwrite=True)
+
+
+def test_the_data_of_the_input_is_never_overwritten(tmp_path):
     source = write(mlp(), tmp_path / "m.onnx", external=True)
     os.rename(tmp_path / "m.onnx.data", tmp_path / "b.onnx.data")
     proto = onnx.load(source, load_external_data=False)
     for tensor in proto.graph.initializer:
         next(e for e in tensor.external_data if e.key == "location").value = "b.onnx.data"
     onnx.save(proto, source)
+    model = load(source)
+    model.repacked["up/KN"] = Transposed("up/KN", model.proto.graph.initializer[0])
+    model.graph.nodes[0].inputs[1] = nmonnx.graph.gs.Variable("up/KN")
     with pytest.raises(UsageError, match="never changed"):
-        save(load(source), tmp_path / target, overwrite=True)
+        save(model, tmp_path / "b.onnx", overwrite=True)
+
+
+def test_a_leftover_data_file_is_in_the_way_only_of_new_data(tmp_path):
+    source = write(mlp(), tmp_path / "m.onnx")
+    (tmp_path / "o.onnx.data").write_bytes(b"left over")
+    save(load(source), tmp_path / "o.onnx")
+    assert (tmp_path / "o.onnx.data").read_bytes() == b"left over"
+
+
+def test_sidecars_appear_with_the_model_or_not_at_all(tmp_path, monkeypatch):
+    source = write(mlp(), tmp_path / "m.onnx")
+    (tmp_path / "to").mkdir()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nmonnx.save.os, "chmod", full)
+    with pytest.raises(ModelError, match="No space left"):
+        save(load(source), tmp_path / "to" / "o.onnx", sidecars={"config.json": b"{}"})
+    assert not list((tmp_path / "to").iterdir())
+    monkeypatch.undo()
+    save(load(source), tmp_path / "to" / "o.onnx", sidecars={"config.json": b"{}"})
+    assert {p.name for p in (tmp_path / "to").iterdir()} == {"o.onnx", "config.json"}
+
+
+@pytest.mark.parametrize("limit", [600, 4096, 8192, 9000, 20000])
+def test_whatever_file_the_disk_is_too_small_for_nothing_stays(tmp_path, limit):
+    """A real limit on file sizes, in a process of its own, with a sidecar larger than the model."""
+    source = write(mlp(), tmp_path / "m.onnx", external=True)
+    (tmp_path / "tokenizer.json").write_text("x" * 30_000)
+    (tmp_path / "to").mkdir()
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
+        f"sys.argv = ['nmonnx', 'convert', {str(source)!r}, '-o', {str(tmp_path / 'to' / 'o.onnx')!r}];"
+        "from nmonnx.cli import main; main()"
+    )
+    paths = os.pathsep.join(p for p in sys.path if p)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+        check=False,
+    )
+    assert run.returncode == 3, run.stderr
+    assert "nothing was left behind" in run.stderr
+    assert not list((tmp_path / "to").iterdir())
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):

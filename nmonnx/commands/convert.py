@@ -70,7 +70,7 @@ def command(
         "kernel": kernel,
         "fallback": fallback,
     }
-    given = {key: value for key, value in flags.items() if value}
+    given = {key: value for key, value in flags.items() if value is not None and value != []}
     recipe = Recipe.read(config, given) if config else Recipe.from_dict(given, "convert")
     if output is None:
         output = model.with_name(f"{model.stem}-{str(recipe.pattern).replace(':', 'x')}.onnx")

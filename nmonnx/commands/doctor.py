@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
+import typer
+
 import nmonnx
 from nmonnx.commands.options import Quiet, ReportPath, tell
 from nmonnx.errors import NmonnxError
@@ -14,7 +16,7 @@ PACKAGES = ("onnx", "onnx-graphsurgeon", "onnxruntime", "numpy", "torch", "trans
 
 
 def command(report: ReportPath = None, quiet: Quiet = False) -> None:
-    """Say which versions are installed, and whether the kernels load in this ONNX Runtime."""
+    """Say which versions are installed, and whether the kernels load in this ONNX Runtime; exit code 1 if not."""
     check_format(report)
     rows = [("Python", platform.python_version(), ""), ("machine", platform.machine(), platform.platform())]
     rows += [(name, _version(name), "") for name in PACKAGES]
@@ -23,6 +25,8 @@ def command(report: ReportPath = None, quiet: Quiet = False) -> None:
     data = {"command": "doctor", "checks": [{"what": w, "state": s, "detail": d} for w, s, d in rows]}
     installed = table("Installed", ("what", "state", "detail"), rows)
     tell(Report(f"nmonnx {nmonnx.__version__}", (), (installed,), data), report, quiet)
+    if state != "load":
+        raise typer.Exit(1)
 
 
 def _version(package: str) -> str:

@@ -16,12 +16,37 @@ if TYPE_CHECKING:
 
 def command(model: ModelPath, report: ReportPath = None, verbose: Verbose = False, quiet: Quiet = False) -> None:
     """List the linear layers of MODEL by role, with what can be pruned and the reason where not."""
+    from nmonnx.convert import converted_records
     from nmonnx.graph import load
     from nmonnx.sites import find_sites
 
     check_format(report)
     opened = load(model)
-    tell(inspection(model, opened.opset, find_sites(opened), verbose), report, quiet)
+    earlier = converted_records(opened)
+    if earlier is None:
+        tell(inspection(model, opened.opset, find_sites(opened), verbose), report, quiet)
+    else:
+        tell(conversion_of(model, earlier, verbose), report, quiet)
+
+
+def conversion_of(path: Path, records: list[dict[str, Any]], verbose: bool = False) -> Report:
+    """A converted model: what its metadata says of each linear layer of the original."""
+    pruned = [r for r in records if r["status"] == "pruned"]
+    words = (f"converted by nmonnx: {len(pruned)} of {len(records)} linear layers pruned.",)
+    groups = Counter((r["role"], r["op"], r["k"], r["n"], r["pattern"], r["kernel"]) for r in pruned)
+    by_role = [(role, count, *rest) for (role, *rest), count in groups.items()]
+    each = [(r["name"], r["op"], r["role"], _dash(r["block"]), r["k"], r["n"], _now(r)) for r in records]
+    shown = (
+        table("Layers", ("layer", "op", "role", "block", "K", "N", "now"), each)
+        if verbose
+        else table("Pruned layers", ("role", "layers", "was", "K", "N", "pattern", "now"), by_role)
+    )
+    return Report(str(path), words, (shown,), {"command": "inspect", "converted": records}, (path,))
+
+
+def _now(record: dict[str, Any]) -> str:
+    left = record["status"] != "pruned"
+    return f"left: {record['reason']}" if left else f"{record['kernel']} {record['pattern']}"
 
 
 def inspection(path: Path, opset: int, found: Found, verbose: bool = False) -> Report:
