@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nmonnx.convert import Conversion, convert
 from nmonnx.decoder import Decoder
+from nmonnx.errors import UsageError
 from nmonnx.generate import Generation, generate
 from nmonnx.models import build
 from nmonnx.models.smollm2 import find_smollm2
@@ -68,8 +69,12 @@ def run(
 ) -> Demo:
     """Build SmolLM2-135M-Instruct into `folder` (kept if it is there already), convert it, and compare the two.
 
-    Raises InputError when the weights or the text are not there, and what the steps raise.
+    Raises InputError when the weights or the text are not there, UsageError when `folder` is a file, and what the
+    steps raise.
     """
+    story = read_text(text or Path(str(files("nmonnx.models") / BUNDLED_TEXT)))
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is no folder; choose another one for the models")
     dense = folder / "model.onnx"
     if not dense.exists():
         weights = find_smollm2()
@@ -80,7 +85,7 @@ def run(
     with words.status("validating"):
         validation = validate(dense, sparse, threads=threads)
     tokenizer = load_tokenizer(beside=dense)
-    ids = encode(tokenizer, read_text(text or Path(str(files("nmonnx.models") / BUNDLED_TEXT))))
+    ids = encode(tokenizer, story)
     pair = (Decoder(dense, threads=threads), Decoder(sparse, threads=threads))
     measured = []
     for name, decoder in zip(("dense", "sparse"), pair, strict=True):

@@ -203,7 +203,7 @@ def test_inspecting_a_converted_model_says_what_was_done(model, tmp_path):
 
 
 def test_usage_errors_are_one_sentence(tmp_path):
-    assert "MODEL" in refused(tmp_path, 2, "convert")
+    assert "'model'" in refused(tmp_path, 2, "convert")
     assert "--frobnicate" in refused(tmp_path, 2, "convert", "m.onnx", "--frobnicate")
     assert "explode" in refused(tmp_path, 2, "explode")
 
