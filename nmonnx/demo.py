@@ -27,6 +27,7 @@ from nmonnx.validate import Report as Validation
 from nmonnx.validate import validate
 
 BUNDLED_TEXT = "northanger_abbey.txt"
+WINDOW = 1024
 Step = Callable[[int, int], None]
 
 
@@ -90,7 +91,8 @@ def run(
     measured = []
     for name, decoder in zip(("dense", "sparse"), pair, strict=True):
         with progress_bar(words, f"perplexity, {name}") as step:
-            measured.append(perplexity(decoder, ids, window=1024, max_windows=windows, progress=step))
+            window = min(WINDOW, decoder.context or WINDOW)
+            measured.append(perplexity(decoder, ids, window, max_windows=windows, progress=step))
     before, after = measured
     dense_text, sparse_text = (generate(decoder, tokenizer, prompt, tokens) for decoder in pair)
     with progress_bar(words, "speed, dense beside sparse") as step:
