@@ -120,8 +120,10 @@ def _refuse(sig: Signature) -> None:
     name = str(sig.path or "the model")
     logits, tokens = sig.first("logits"), sig.first("tokens")
     if tokens is None:
-        given = ", ".join(p.name for p in sig.inputs) or "nothing"
-        raise InputError(f"{name} takes no token ids (its inputs: {given}); give the text decoder")
+        given = ", ".join(f"{p.name} {list(p.shape)}" for p in sig.inputs) or "nothing"
+        raise InputError(
+            f"{name} takes no token ids [batch, length] (its inputs: {given}); give a text decoder exported with them"
+        )
     strange = [p.name for p in sig.inputs if p.role in ("other", "embeds")]
     if strange:
         raise InputError(f"{name} also takes {', '.join(strange)}, which text alone cannot fill")

@@ -39,6 +39,8 @@ class Sampling:
             raise UsageError(f"top-k {self.top_k} must be from 0 up")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top-p {self.top_p} must be above 0 and at most 1")
+        if self.seed < 0:
+            raise UsageError(f"seed {self.seed} must be from 0 up")
 
 
 @dataclass

@@ -18,8 +18,9 @@ import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
+from nmonnx.check import check_readable, check_runnable
 from nmonnx.errors import InputError
-from nmonnx.tensors import TensorReader, all_tensors, byte_size, is_external
+from nmonnx.tensors import TensorReader, all_tensors, is_external, size_of, why
 
 DOMAIN = "ai.nmonnx"
 """Operator domain of the custom ops."""
@@ -89,12 +90,11 @@ def load(path: str | Path) -> Model:
     would take: not ONNX, truncated, invalid, or with external data that is missing or out of bounds."""
     path = Path(path)
     proto = read_skeleton(path)
+    check_runnable(proto, path)
     reader = TensorReader(path)
     for tensor in all_tensors(proto):
         if is_external(tensor):
             reader.span(tensor)
-        else:
-            byte_size(tensor)
     try:
         graph = gs.import_onnx(proto)
     except Exception as e:
@@ -108,61 +108,31 @@ def load(path: str | Path) -> Model:
 
 def read_skeleton(path: Path) -> ModelProto:
     """Parse the protobuf without external data and check what needs no weights. Raises InputError."""
-    if path.is_dir():
-        inside = sorted(p.name for p in path.glob("*.onnx"))
-        hint = f"; did you mean {path / inside[0]}?" if inside else ""
-        raise InputError(f"{path} is a folder, not an ONNX file{hint}")
-    if not path.exists():
-        raise InputError(f"{path} does not exist")
-    size = path.stat().st_size
-    if size == 0:
-        raise InputError(f"{path} is empty (0 bytes); the export or the download failed, get it again")
+    try:
+        if path.is_dir():
+            raise InputError(f"{path} is a folder, not an ONNX file{_hint(path)}")
+        size = size_of(path)
+        if size == 0:
+            raise InputError(f"{path} is empty (0 bytes); the export or the download failed, get it again")
+    except FileNotFoundError as e:
+        raise InputError(f"{path} does not exist") from e
+    except (OSError, ValueError) as e:
+        raise InputError(f"{str(path)[:200]!r} cannot be read: {why(e)}") from e
     try:
         proto = onnx.load(path, load_external_data=False)
-    except (DecodeError, ValueError, OSError) as e:
+    except OSError as e:
+        raise InputError(f"{path} cannot be read: {why(e)}") from e
+    except (DecodeError, ValueError) as e:
         raise InputError(
             f"{path} is not a valid ONNX file, or an incomplete download ({size} bytes): {e}".rstrip(". ")
         ) from e
-    _check(proto, path)
+    check_readable(proto, path)
     return proto
 
 
-def _check(proto: ModelProto, path: Path) -> None:
-    if not proto.HasField("graph") or not proto.ir_version:
-        raise InputError(f"{path} is not an ONNX model: it has no graph or no IR version")
-    if proto.ir_version > onnx.IR_VERSION:
-        raise InputError(
-            f"{path}: IR version {proto.ir_version}; the installed onnx {onnx.__version__} supports up to"
-            f" {onnx.IR_VERSION}. Upgrade onnx or export with an older IR version"
-        )
-    if not proto.opset_import:
-        raise InputError(f"{path}: opset_import is empty, so its operators have no meaning; export it again")
-    newest = onnx.defs.onnx_opset_version()
-    for opset in proto.opset_import:
-        if opset.domain in ("", "ai.onnx") and opset.version > newest:
-            raise InputError(
-                f"{path}: opset {opset.version}; the installed onnx {onnx.__version__} supports up to {newest}."
-                " Upgrade onnx or export with an older opset"
-            )
-    _check_names(proto.graph, path)
-
-
-def _check_names(graph: GraphProto, path: Path) -> None:
-    names: set[str] = set()
-    made: set[str] = {t.name for t in graph.initializer}
-    for node in graph.node:
-        if node.name and node.name in names:
-            raise InputError(
-                f"{path}: two nodes are named {node.name!r}; ONNX Runtime refuses such a model, rename one"
-            )
-        names.add(node.name)
-        for output in filter(None, node.output):
-            if output in made:
-                raise InputError(f"{path}: tensor {output!r} is defined twice (the graph is not SSA); export it again")
-            made.add(output)
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                _check_names(attribute.g, path)
+def _hint(folder: Path) -> str:
+    inside = sorted(p.name for p in folder.glob("*.onnx"))
+    return f"; did you mean {folder / inside[0]}?" if inside else ""
 
 
 def _pair(graph: gs.Graph, proto: GraphProto | onnx.FunctionProto, origin: dict[int, NodeProto]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,12 @@ def read_config(model_path: Path | None) -> ModelConfig:
     if model_path is None:
         return ModelConfig()
     folder = model_path.parent
-    genai = _read(folder / "genai_config.json").get("model", {})
+    genai = _section(_read(folder / "genai_config.json"), "model")
     config = _read(folder / "config.json")
     generation = _read(folder / "generation_config.json")
-    decoder = genai.get("decoder", {})
-    text = config.get("text_config") or config
-    heads = text.get("num_attention_heads") or text.get("n_head")
+    decoder = _section(genai, "decoder")
+    text = _section(config, "text_config") or config
+    heads = _int(text.get("num_attention_heads") or text.get("n_head"))
     hidden = _int(decoder.get("hidden_size") or text.get("hidden_size") or text.get("n_embd"))
     return ModelConfig(
         head_size=_int(decoder.get("head_size") or text.get("head_dim") or (hidden and heads and hidden // heads)),
@@ -51,15 +52,15 @@ def read_config(model_path: Path | None) -> ModelConfig:
         hidden=hidden,
         vocab=_int(genai.get("vocab_size") or text.get("vocab_size")),
         context=_int(genai.get("context_length") or text.get("max_position_embeddings") or text.get("n_positions")),
-        window=_int(decoder.get("sliding_window", {}).get("window_size")),
+        window=_int(_section(decoder, "sliding_window").get("window_size")),
         eos=_ids(genai.get("eos_token_id"), generation.get("eos_token_id"), config.get("eos_token_id")),
     )
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
     try:
+        if not path.is_file():
+            return {}
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as e:
         raise InputError(f"{path} is not valid JSON ({e}); mend it or take it away") from e
@@ -68,8 +69,14 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
+def _section(content: dict[str, Any], key: str) -> dict[str, Any]:
+    """The object under a key; nothing when the file holds something else there, which then tells nothing."""
+    value = content.get(key)
+    return value if isinstance(value, dict) else {}
+
+
 def _int(value: object) -> int | None:
-    return int(value) if isinstance(value, (int, float)) and value > 0 else None
+    return int(value) if isinstance(value, (int, float)) and 0 < value < math.inf else None
 
 
 def _ids(*sources: object) -> tuple[int, ...]:
@@ -77,5 +84,5 @@ def _ids(*sources: object) -> tuple[int, ...]:
         if isinstance(source, int):
             return (source,)
         if isinstance(source, list) and source:
-            return tuple(int(i) for i in source)
+            return tuple(i for i in source if isinstance(i, int))
     return ()

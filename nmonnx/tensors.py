@@ -11,6 +11,7 @@ import hashlib
 import math
 import mmap
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +39,7 @@ _RAW_DTYPE: dict[int, type] = {
 }
 _ITEM_BITS: dict[int, int] = {t: np.dtype(d).itemsize * 8 for t, d in _RAW_DTYPE.items()}
 _ITEM_BITS |= {TensorProto.BFLOAT16: 16, TensorProto.COMPLEX64: 64, TensorProto.COMPLEX128: 128}
+_COMPLEX = {TensorProto.COMPLEX64, TensorProto.COMPLEX128}
 _ITEM_BITS |= dict.fromkeys(_FOUR_BITS, 4) | dict.fromkeys(_TWO_BITS, 2)
 
 
@@ -54,7 +56,7 @@ class TensorReader:
     def span(self, tensor: TensorProto) -> tuple[Path, int, int]:
         """(file, offset, length) of an external tensor. Raises InputError when the file is missing,
         outside the model's folder, or too short."""
-        fields = {e.key: e.value for e in tensor.external_data}
+        fields = external_fields(tensor)
         location = fields.get("location", "")
         where = f"tensor {tensor.name!r} of {self.path}"
         file, size = self._open(location, where)
@@ -89,7 +91,8 @@ class TensorReader:
             return np.asarray(onnx.numpy_helper.to_array(tensor))
         raw = self.bytes_of(tensor)
         if kind in (TensorProto.UINT4, TensorProto.INT4):
-            return _unpack_nibbles(raw, dims, signed=kind == TensorProto.INT4)
+            codes = unpack_bits(np.frombuffer(raw, np.uint8), 4)[: math.prod(dims)].reshape(dims)
+            return ((codes ^ 8).astype(np.int8) - 8) if kind == TensorProto.INT4 else codes
         if kind == TensorProto.BFLOAT16:
             wide = np.frombuffer(raw, np.uint16).astype(np.uint32) << 16
             return wide.view(np.float32).reshape(dims)
@@ -116,23 +119,54 @@ class TensorReader:
         path = Path(location)
         if path.is_absolute() or ".." in path.parts or "..\\" in location:
             raise InputError(f"{where}: external data location {location!r} leaves the model's folder; refused")
-        file = self.folder / path
-        real = file.resolve()
-        if not any(real.is_relative_to(root) for root in self._roots):
-            raise InputError(
-                f"{where}: external data {location!r} is a link to a place outside the model's folder; refused"
-            )
-        if not file.is_file():
-            raise InputError(f"{where}: external data file {str(file)!r} is missing; copy it beside the model")
-        self._files[location] = (real, os.path.getsize(real))
+        try:
+            real = Path(os.path.realpath(self.folder / path))
+            if not any(real.is_relative_to(root) for root in self._roots):
+                raise InputError(
+                    f"{where}: external data {location!r} is a link to a place outside the model's folder; refused"
+                )
+            self._files[location] = (real, size_of(real))
+        except FileNotFoundError as e:
+            missing = str(self.folder / path)
+            raise InputError(f"{where}: external data file {missing!r} is missing; copy it beside the model") from e
+        except (OSError, ValueError) as e:
+            raise InputError(f"{where}: external data {location[:200]!r} cannot be read: {why(e)}") from e
         return self._files[location]
 
     def _map(self, file: Path) -> memoryview:
         key = str(file)
         if key not in self._maps:
-            with open(file, "rb") as f:
-                self._maps[key] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                with open(file, "rb") as f:
+                    self._maps[key] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as e:
+                raise InputError(f"external data {key!r} of {self.path} cannot be read: {why(e)}") from e
         return memoryview(self._maps[key])
+
+
+def size_of(file: Path) -> int:
+    """Bytes of a regular file that can be read. Raises OSError for one that cannot, and for anything else (a folder,
+    a pipe, a device)."""
+    if not stat.S_ISREG(os.stat(file).st_mode):
+        raise OSError(0, "it is not a regular file")
+    with open(file, "rb") as f:
+        return os.fstat(f.fileno()).st_size
+
+
+def why(error: Exception) -> str:
+    """The reason of a failed read, without the path that the sentence around it names."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def external_fields(tensor: TensorProto) -> dict[str, str]:
+    """What an external tensor says of its data: location, offset, length, checksum, as far as they are there."""
+    return {e.key: e.value for e in tensor.external_data}
+
+
+def unpack_bits(packed: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 [..., bytes] -> codes [..., bytes * 8 / bits], the low bits first; `bits` is 1, 2, 4 or 8."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    return ((packed[..., None] >> shifts) & ((1 << bits) - 1)).reshape(*packed.shape[:-1], -1)
 
 
 def is_external(tensor: TensorProto) -> bool:
@@ -149,6 +183,26 @@ def byte_size(tensor: TensorProto, where: str = "") -> int:
     if count * bits >= 1 << 63:
         raise InputError(f"{where}: shape {list(tensor.dims)} asks for more bytes than a file can hold")
     return (count * bits + 7) // 8
+
+
+def check_inline(tensor: TensorProto, where: str) -> None:
+    """Raise InputError unless the data inside the tensor is of a known type and as long as its shape asks for."""
+    kind = tensor.data_type
+    if kind not in TensorProto.DataType.values() or kind == TensorProto.UNDEFINED:
+        raise InputError(f"{where}: its element type {kind} is unknown to onnx {onnx.__version__}; upgrade onnx")
+    size = byte_size(tensor, where)
+    if tensor.HasField("raw_data"):
+        held, unit = len(tensor.raw_data), "bytes"
+        if kind == TensorProto.STRING:
+            raise InputError(f"{where}: text cannot be stored as raw bytes; export it again")
+    else:
+        held, unit = len(getattr(tensor, onnx.helper.tensor_dtype_to_field(kind))), "values"
+        size = size if kind in _FOUR_BITS | _TWO_BITS else math.prod(tensor.dims) * (2 if kind in _COMPLEX else 1)
+    if held != size:
+        raise InputError(
+            f"{where}: holds {held} {unit}, but its shape {list(tensor.dims)} and type {type_name(kind)} need {size};"
+            " the file is damaged, export or copy it again"
+        )
 
 
 def type_name(kind: int) -> str:
@@ -186,9 +240,3 @@ def _node_tensors(nodes) -> Iterator[TensorProto]:  # type: ignore[no-untyped-de
             elif attribute.type == onnx.AttributeProto.GRAPHS:
                 for graph in attribute.graphs:
                     yield from _graph_tensors(graph)
-
-
-def _unpack_nibbles(raw: memoryview, dims: tuple[int, ...], signed: bool) -> np.ndarray:
-    packed = np.frombuffer(raw, np.uint8)
-    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(-1)[: math.prod(dims)].reshape(dims)
-    return ((codes ^ 8).astype(np.int8) - 8) if signed else codes

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nmonnx.errors import InputError
+from nmonnx.tensors import why
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -31,10 +32,12 @@ def load_tokenizer(path: str | Path | None = None, beside: str | Path | None = N
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file. Raises InputError when it is missing, empty or not UTF-8."""
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path} is not a file; give a UTF-8 text file")
     try:
+        if not path.is_file():
+            raise InputError(f"{path} is not a file; give a UTF-8 text file")
         text = path.read_bytes().decode("utf-8-sig")
+    except OSError as e:
+        raise InputError(f"{path} cannot be read: {why(e)}") from e
     except UnicodeDecodeError as e:
         raise InputError(f"{path} is not UTF-8 text (byte {e.start}); convert it") from e
     if not text.strip():
@@ -43,7 +46,12 @@ def read_text(path: str | Path) -> str:
 
 
 def encode(tokenizer: Tokenizer, text: str, special: bool = False) -> np.ndarray:
-    """Token ids of a text [T], int64; with `special` also what the tokenizer puts around a text (often a BOS)."""
+    """Token ids of a text [T], int64; with `special` also what the tokenizer puts around a text (often a BOS).
+    Raises InputError for a text with bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise InputError(f"the text is not valid UTF-8 (character {e.start}); convert it") from e
     return np.array(tokenizer.encode(text, add_special_tokens=special).ids, np.int64)
 
 
@@ -51,8 +59,12 @@ def _tokenizer_file(path: str | Path | None, beside: str | Path | None) -> Path:
     if path is None and beside is None:
         raise InputError("no tokenizer was given; pass a tokenizer.json or the folder that holds it")
     where = Path(path) if path is not None else Path(beside or "").parent
-    file = where / "tokenizer.json" if where.is_dir() else where
-    if not file.is_file():
+    try:
+        file = where / "tokenizer.json" if where.is_dir() else where
+        found = file.is_file()
+    except OSError as e:
+        raise InputError(f"{where} cannot be read: {why(e)}") from e
+    if not found:
         hint = "" if path is not None else "; pass the tokenizer's file or folder, or copy it beside the model"
         raise InputError(f"{file} does not exist{hint}")
     return file

@@ -26,7 +26,7 @@ def read_einsum(tracer: Tracer, scope: Scope, node: gs.Node) -> Reading:
     contracted = [c for c in letters if c in other and c not in output]
     if not contracted:
         return Left("an Einsum that sums over no channels", linear=False)
-    if len(contracted) > 1 or "." in letters or len(set(letters)) < len(letters) != len(weight.shape):
+    if len(contracted) > 1 or "." in letters or len({*letters}) < len(letters) or len(letters) != len(weight.shape):
         return Left(f"an Einsum of a kind that is not handled: {node.attrs['equation']}")
     batch = [c for c in letters if c in other and c in output]
     free = [c for c in letters if c not in other]

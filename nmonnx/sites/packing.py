@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from nmonnx.errors import InputError
+from nmonnx.tensors import unpack_bits
 
 _NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
@@ -78,5 +79,4 @@ def _unpack(packed: np.ndarray, bits: int) -> np.ndarray:
     """[rows, bytes] -> [rows, bytes * 8 / bits], the low bits first."""
     if bits not in (2, 4, 8):
         raise InputError(f"weights of {bits} bits cannot be read; 2, 4 and 8 can")
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    return ((packed.view(np.uint8)[..., None] >> shifts) & ((1 << bits) - 1)).reshape(packed.shape[0], -1)
+    return unpack_bits(packed.view(np.uint8), bits)
