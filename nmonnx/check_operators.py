@@ -101,9 +101,11 @@ class _Walk:
             return {}
         types = self._bind(node, rules, known)
         made = {out: _Known(types.get(kind, 0)) for out, kind in zip(node.output, rules.outputs, strict=False)}
-        if node.op_type == "Constant":
-            value = next((a.t for a in node.attribute if a.name == "value"), None)
-            return {node.output[0]: _Known(value.data_type, tuple(value.dims))} if value is not None else {}
+        for attribute in node.attribute:
+            if (node.op_type, attribute.name) == ("Constant", "value"):
+                made[node.output[0]] = _Known(attribute.t.data_type, tuple(attribute.t.dims))
+            if (node.op_type, attribute.name) == ("Cast", "to"):
+                made[node.output[0]] = _Known(attribute.i)
         if node.op_type in ("MatMul", "Gemm"):
             made[node.output[0]] = _Known(made[node.output[0]].elem, self._product(node, known))
         return made

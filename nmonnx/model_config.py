@@ -35,15 +35,17 @@ class ModelConfig:
 
 def read_config(model_path: Path | None) -> ModelConfig:
     """The facts from genai_config.json, config.json and generation_config.json in the model's folder, the first
-    that knows winning. Raises InputError when one of them is not a JSON object."""
+    that knows winning. Raises InputError when one of them cannot be read, or holds something else than JSON objects
+    where there should be some."""
     if model_path is None:
         return ModelConfig()
     folder = model_path.parent
-    genai = _section(_read(folder / "genai_config.json"), "model")
-    config = _read(folder / "config.json")
+    genai_path, config_path = folder / "genai_config.json", folder / "config.json"
+    genai = _section(_read(genai_path), "model", genai_path)
+    config = _read(config_path)
     generation = _read(folder / "generation_config.json")
-    decoder = _section(genai, "decoder")
-    text = _section(config, "text_config") or config
+    decoder = _section(genai, "decoder", genai_path)
+    text = _section(config, "text_config", config_path) or config
     heads = _int(text.get("num_attention_heads") or text.get("n_head"))
     hidden = _int(decoder.get("hidden_size") or text.get("hidden_size") or text.get("n_embd"))
     return ModelConfig(
@@ -52,7 +54,7 @@ def read_config(model_path: Path | None) -> ModelConfig:
         hidden=hidden,
         vocab=_int(genai.get("vocab_size") or text.get("vocab_size")),
         context=_int(genai.get("context_length") or text.get("max_position_embeddings") or text.get("n_positions")),
-        window=_int(_section(decoder, "sliding_window").get("window_size")),
+        window=_int(_section(decoder, "sliding_window", genai_path).get("window_size")),
         eos=_ids(genai.get("eos_token_id"), generation.get("eos_token_id"), config.get("eos_token_id")),
     )
 
@@ -69,10 +71,11 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _section(content: dict[str, Any], key: str) -> dict[str, Any]:
-    """The object under a key; nothing when the file holds something else there, which then tells nothing."""
+def _section(content: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
     value = content.get(key)
-    return value if isinstance(value, dict) else {}
+    if not isinstance(value, (dict, type(None))):
+        raise InputError(f"{path}: {key!r} is not a JSON object; mend it or take the file away")
+    return value or {}
 
 
 def _int(value: object) -> int | None:

@@ -203,6 +203,7 @@ def test_a_model_that_does_not_load_is_a_model_error(zoo):
 REFUSED = {
     "llama-genai-fp32-nohead/model.onnx": "not in logits",
     "public/onnxruntime-genai/phi3-v/dummy_text.onnx": "takes no token ids",
+    "public/onnxruntime-genai/marian-batch/decoder.onnx": r"takes no token ids \[batch, length\] .*input_ids \[2\]",
     "public/onnxruntime-genai/whisper/dummy_decoder.onnx": "past_key_cross_0",
     "public/onnxruntime-genai/multimodal-decoder-with-input-ids/dummy_text.onnx": "inputs_embeds",
     "public/onnxruntime-genai/engine/synthetic-paged/decoder.onnx": "paged",

@@ -173,6 +173,22 @@ def test_a_broken_json_file_beside_the_model_is_named(tmp_path, content):
         signature(FakeSession([IDS], [LOGITS]), tmp_path / "model.onnx")
 
 
+@pytest.mark.parametrize(
+    "content", ['{"model": []}', '{"model": {"decoder": 5}}', '{"model": {"decoder": {"sliding_window": 1}}}']
+)
+def test_a_json_file_of_another_form_beside_the_model_is_named(tmp_path, content):
+    (tmp_path / "genai_config.json").write_text(content)
+    with pytest.raises(InputError, match=r"genai_config\.json.*is not a JSON object"):
+        signature(FakeSession([IDS], [LOGITS]), tmp_path / "model.onnx")
+
+
+def test_facts_of_another_type_in_a_json_file_tell_nothing(tmp_path):
+    content = '{"hidden_size": 64, "num_attention_heads": "8", "eos_token_id": ["</s>", 2], "vocab_size": Infinity}'
+    (tmp_path / "config.json").write_text(content)
+    config = signature(FakeSession([IDS], [LOGITS]), tmp_path / "model.onnx").config
+    assert (config.hidden, config.head_size, config.vocab, config.eos) == (64, None, None, (2,))
+
+
 def test_a_sliding_window_cache_is_a_buffer_of_at_least_the_window(zoo):
     path = zoo("gemma2-genai-fp32")
     feeds = make_feeds(signature(_session(path), path), np.ones((1, 3), np.int64))

@@ -150,7 +150,7 @@ def test_logits_that_are_not_numbers_end_the_text_with_an_error(temperature):
 
 
 @pytest.mark.parametrize(
-    "wrong", [(-1.0, 0, 1.0), (float("nan"), 0, 1.0), (1.0, -1, 1.0), (1.0, 0, 0.0), (1.0, 0, 1.1)]
+    "wrong", [(-1.0, 0, 1.0), (float("nan"), 0, 1.0), (1.0, -1, 1.0), (1.0, 0, 0.0), (1.0, 0, 1.1), (0.0, 0, 1.0, -5)]
 )
 def test_sampling_limits_that_mean_nothing_are_refused(wrong):
     with pytest.raises(UsageError):
@@ -160,6 +160,8 @@ def test_sampling_limits_that_mean_nothing_are_refused(wrong):
 def test_a_prompt_that_the_model_cannot_read_is_refused(tokenizer):
     with pytest.raises(InputError, match="prompt is empty"):
         generate(_script([1]), tokenizer, "", special=False)
+    with pytest.raises(InputError, match="not valid UTF-8"):
+        generate(_script([1]), tokenizer, "caf\udce9")  # bytes of another encoding on the command line
     with pytest.raises(InputError, match="tokenizer that belongs to the model"):
         generate(_script([1], vocab=100), tokenizer, PROMPT)
 
@@ -196,3 +198,5 @@ def test_a_text_file_is_utf_8_and_not_empty(tmp_path):
     assert read_text(file) == "na\u00efve\n"
     with pytest.raises(InputError, match="is not a file"):
         read_text(tmp_path / "missing.txt")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_text(tmp_path / ("x" * 300))

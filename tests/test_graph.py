@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 from pathlib import Path
 
@@ -83,6 +84,48 @@ def test_a_node_name_used_twice_is_named(tmp_path):
     assert "'twice'" in refused(write(proto, tmp_path / "m.onnx"))
 
 
+def deny(monkeypatch: pytest.MonkeyPatch, denied: Path) -> None:
+    """Opening this file fails, as for a user who may not read it (root may read everything)."""
+    real = builtins.open
+
+    def guarded(file, *args, **options):  # type: ignore[no-untyped-def]
+        if not isinstance(file, int) and Path(file).resolve() == denied.resolve():
+            raise PermissionError(13, "Permission denied", str(file))
+        return real(file, *args, **options)
+
+    monkeypatch.setattr(builtins, "open", guarded)
+
+
+def test_a_file_that_may_not_be_read_is_refused_with_the_reason(tmp_path, monkeypatch):
+    path = write(mlp(), tmp_path / "m.onnx")
+    deny(monkeypatch, path)
+    assert refused(path) == f"{str(path)!r} cannot be read: Permission denied"
+
+
+def test_a_folder_that_may_not_be_searched_is_refused_with_the_reason(tmp_path, monkeypatch):
+    path = write(mlp(), tmp_path / "m.onnx")
+
+    def denied(*args, **options):  # type: ignore[no-untyped-def]
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "stat", denied)
+    message = refused(path)
+    monkeypatch.undo()
+    assert "m.onnx" in message
+    assert "Permission denied" in message
+
+
+@pytest.mark.parametrize("name", ["a\0b", "m" * 300])
+def test_a_name_that_no_file_can_have_is_refused(tmp_path, name):
+    assert "cannot be read" in refused(tmp_path / name)
+
+
+def test_a_device_is_not_called_empty():
+    message = refused(Path("/dev/zero"))
+    assert "not a regular file" in message
+    assert "empty" not in message
+
+
 class TestExternalData:
     @pytest.fixture
     def path(self, tmp_path: Path) -> Path:
@@ -116,6 +159,31 @@ class TestExternalData:
     def test_an_offset_out_of_the_file_is_refused(self, path, offset):
         self.edit(path, offset=offset)
         refused(path)
+
+    @pytest.mark.parametrize("location", ["a\0b", "x" * 5000])
+    def test_a_location_that_no_file_can_have_is_refused(self, path, location):
+        self.edit(path, location=location)
+        assert "cannot be read" in refused(path)
+
+    def test_a_file_that_may_not_be_read_is_named_with_the_reason(self, path, monkeypatch):
+        deny(monkeypatch, Path(f"{path}.data"))
+        message = refused(path)
+        assert "m.onnx.data" in message
+        assert "Permission denied" in message
+
+    def test_a_file_that_can_no_longer_be_read_is_named_with_the_reason(self, path, monkeypatch):
+        model = load(path)
+        deny(monkeypatch, Path(f"{path}.data"))
+        with pytest.raises(InputError, match=r"m\.onnx\.data.*cannot be read: Permission denied"):
+            model.tensors.array(model.proto.graph.initializer[0])
+
+    @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+    def test_what_is_no_regular_file_is_not_called_missing(self, path, make):
+        os.unlink(f"{path}.data")
+        make(f"{path}.data")
+        message = refused(path)
+        assert "not a regular file" in message
+        assert "missing" not in message
 
     def test_a_shape_beyond_64_bits_is_refused(self, path):
         proto = onnx.load(path, load_external_data=False)

@@ -257,12 +257,12 @@ def test_four_bit_codes_in_blocks_behind_dequantizelinear(tmp_path: Path) -> Non
     model = parse(
         tmp_path,
         HEAD.format(k=32, nodes="v = DequantizeLinear<axis = 0, block_size = 16>(w, s) y = MatMul(x, v)"),
-        {"s": np.abs(matrix(2, 6))},
+        {"s": np.abs(matrix(2, 6)), "w": codes.astype(np.int8)},
         opset=21,
         ir=10,
     )
     proto = onnx.load(model.path)
-    proto.graph.initializer.append(helper.make_tensor("w", onnx.TensorProto.INT4, [32, 6], codes.reshape(-1)))
+    proto.graph.initializer[1].CopyFrom(helper.make_tensor("w", onnx.TensorProto.INT4, [32, 6], codes.reshape(-1)))
     site = one(saved(tmp_path, proto))
     scale = onnx.numpy_helper.to_array(proto.graph.initializer[0])
     np.testing.assert_allclose(site.weight(), codes * np.repeat(scale, 16, axis=0), rtol=1e-6)

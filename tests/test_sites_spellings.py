@@ -214,6 +214,7 @@ def test_initializers_that_are_inputs_are_constant_below_ir_4_only(tmp_path: Pat
 def test_weights_of_type_bfloat16_are_left_and_counted(tmp_path: Path) -> None:
     proto = _model([helper.make_node("MatMul", ["x", "w"], ["y"])])
     proto.graph.initializer.append(helper.make_tensor("w", TensorProto.BFLOAT16, [8, 6], b"\0" * 96, raw=True))
+    proto.graph.input[0].type.tensor_type.elem_type = TensorProto.BFLOAT16
     skipped = left(saved(tmp_path, proto))
     assert skipped.linear and "BFLOAT16" in skipped.reason and (skipped.k, skipped.n) == (8, 6)
 
@@ -321,6 +322,14 @@ def test_einsum_weights_are_what_numpy_contracts(tmp_path: Path, equation: str, 
     expected = np.einsum(equation, x, w)
     expected = expected.T if equation in ("tk,kn->nt", "tk,kn") else expected  # implicit output: sorted letters
     np.testing.assert_allclose(product.reshape(expected.shape), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("equation", "shape"), [("bk,knn->bn", (8, 6, 6)), ("bk,knm->bn", (8, 6))])
+def test_einsums_of_other_kinds_are_left_with_their_equation(
+    tmp_path: Path, equation: str, shape: tuple[int, ...]
+) -> None:
+    nodes = f'y = Einsum<equation = "{equation}">(x, w)'
+    assert equation in left(parse(tmp_path, body(nodes), {"w": matrix(*shape)})).reason
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
