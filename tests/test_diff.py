@@ -15,7 +15,8 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from nmonnx.diff import NodeEdit, RewireEdit, TensorEdit, diff, fold, to_json, to_text
 from nmonnx.diff.compare import Comparison
-from nmonnx.diff.weights import digest, same_values
+from nmonnx.diff.functions import function_paths
+from nmonnx.diff.weights import same_values
 from nmonnx.errors import InputError
 from nmonnx.tensors import TensorReader
 
@@ -178,6 +179,62 @@ CHANGES = {
         ("node", "changed", "function:Twice", "add"),
     ),
     "a removed function": (lambda m: m.functions.pop(), ("function", "removed", "", "local::Twice")),
+    "a function's doc string": (
+        lambda m: set_value(m.functions[0], "doc_string", "d"),
+        ("field", "changed", "function:Twice", "function doc_string"),
+    ),
+    "a function's metadata": (
+        lambda m: m.functions[0].metadata_props.add(key="k", value="v"),
+        ("metadata", "added", "function:Twice", "local::Twice"),
+    ),
+    "a function's value info": (
+        lambda m: m.functions[0].value_info.add(name="b"),
+        ("value", "added", "function:Twice", "b"),
+    ),
+    "the overload that a node calls": (
+        lambda m: set_value(node(m, "twice"), "overload", "other"),
+        ("node", "changed", "", "twice"),
+    ),
+    "a node's device": (
+        lambda m: node(m, Q1).device_configurations.add(configuration_id="c"),
+        ("attribute", "changed", "", Q1),
+    ),
+    "an input's doc string": (
+        lambda m: set_value(m.graph.input[0], "doc_string", "d"),
+        ("field", "changed", "", "doc_string of input x"),
+    ),
+    "an input's metadata": (
+        lambda m: m.graph.input[0].metadata_props.add(key="k", value="v"),
+        ("metadata", "added", "", "x"),
+    ),
+    "an input's denotation": (
+        lambda m: set_value(m.graph.input[0].type, "denotation", "IMAGE"),
+        ("value", "changed", "", "x"),
+    ),
+    "a dimension's denotation": (
+        lambda m: set_value(m.graph.input[0].type.tensor_type.shape.dim[0], "denotation", "DATA_BATCH"),
+        ("value", "changed", "", "x"),
+    ),
+    "an initializer's doc string": (
+        lambda m: set_value(m.graph.initializer[0], "doc_string", "d"),
+        ("field", "changed", "", "doc_string of initializer /layers.0/q_proj.weight"),
+    ),
+    "an initializer's metadata": (
+        lambda m: m.graph.initializer[0].metadata_props.add(key="k", value="v"),
+        ("metadata", "added", "", "/layers.0/q_proj.weight"),
+    ),
+    "training info": (
+        lambda m: set_value(m.training_info.add().algorithm, "name", "sgd"),
+        ("field", "changed", "", "training_info"),
+    ),
+    "a quantisation annotation": (
+        lambda m: m.graph.quantization_annotation.add(tensor_name="x"),
+        ("field", "changed", "", "graph quantization_annotation"),
+    ),
+    "the order of the inputs": (
+        lambda m: m.graph.input.append(m.graph.input.pop(0)),
+        ("field", "changed", "", "graph input order"),
+    ),
     "a function's signature": (
         lambda m: m.functions[0].attribute.append("k"),
         ("function", "changed", "", "local::Twice"),
@@ -190,6 +247,38 @@ def test_one_change_is_one_edit(case, tmp_path):
     change, expected = CHANGES[case]
     edits = changed(tmp_path, change)
     assert [(e.kind, e.change, e.scope, e.name) for e in edits] == [expected]
+
+
+def test_the_shape_that_a_sparse_initializer_spans_is_compared():
+    def with_sparse(width: int) -> ModelProto:
+        proto = stack()
+        values = numpy_helper.from_array(np.ones(2, np.float32), "s")
+        indices = numpy_helper.from_array(np.array([0, 3]), "s_indices")
+        proto.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [width]))
+        return proto
+
+    reader = TensorReader(Path("unused"))
+    (edit,) = Comparison(reader, reader).models(with_sparse(8), with_sparse(9))
+    assert (edit.kind, edit.name) == ("initializer", "s") and edit.before != edit.after
+
+
+def test_functions_that_share_a_name_have_scopes_of_their_own():
+    """As `Model.scopes` names them; what nmonnx adds changes no path."""
+    body = helper.make_function("d", "F", ["a"], ["b"], [helper.make_node("Relu", ["a"], ["b"])], [])
+    protos = []
+    for domain, name, overload in (("d", "F", ""), ("d", "F", "o"), ("e", "F", ""), ("d", "NMPrune", "")):
+        proto = onnx.FunctionProto()
+        proto.CopyFrom(body)
+        proto.domain, proto.name, proto.overload = domain, name, overload
+        protos.append(proto)
+    added = helper.make_function("ai.nmonnx", "NMPrune", ["a"], ["b"], [], [])
+    assert function_paths([*protos, added]) == {
+        "d::F": "function:d:F",
+        "d::F:o": "function:d:F:o",
+        "e::F": "function:e:F",
+        "d::NMPrune": "function:NMPrune",
+        "ai.nmonnx::NMPrune": "function:ai.nmonnx:NMPrune",
+    }
 
 
 def test_moving_a_node_is_one_edit_whatever_it_jumps_over(tmp_path):
@@ -307,15 +396,14 @@ def test_weights_in_another_folder_are_compared_by_their_bytes(tmp_path):
     assert [(e.kind, e.name) for e in edits] == [("initializer", "/layers.0/q_proj.weight")]
 
 
-def test_digest_is_the_one_of_the_tensor_reader_and_pieces_do_not_matter(tmp_path, monkeypatch):
+def test_weights_are_compared_in_pieces_wherever_they_lie(tmp_path, monkeypatch):
     monkeypatch.setattr("nmonnx.diff.weights._PIECE", 100)
-    model = stack()
-    path = write(tmp_path, "m.onnx", model, external=True)
+    path = write(tmp_path, "m.onnx", stack(), external=True)
     reader = TensorReader(path)
-    stored = onnx.load(path, load_external_data=False)
-    for outside, inside in zip(stored.graph.initializer, stack().graph.initializer, strict=True):
-        assert digest(outside, reader) == digest(inside, reader) == reader.sha256(outside)
-        assert same_values(outside, reader, inside, reader)
+    outside = onnx.load(path, load_external_data=False).graph.initializer[0]
+    inside, other = stack().graph.initializer[0], stack().graph.initializer[0]
+    flip(other)
+    assert same_values(outside, reader, inside, reader) and not same_values(outside, reader, other, reader)
 
 
 def test_a_missing_weight_file_is_said_in_one_sentence(tmp_path):

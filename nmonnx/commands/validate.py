@@ -57,7 +57,7 @@ def command(
 ) -> None:
     """Prove what the conversion left alone and measure what it changed. Exit code 1 when a check or a limit fails."""
     from nmonnx.text import load_tokenizer, read_text
-    from nmonnx.validate import Thresholds, validate
+    from nmonnx.validate import Language, Thresholds, validate
 
     check_format(report)
     limits = Thresholds(
@@ -82,14 +82,10 @@ def command(
             original,
             converted,
             _read(original, feeds) if feeds else None,
-            words,
-            read_text(text) if text else None,
+            Language(words, read_text(text) if text else None, new_tokens, window, max_windows),
             limits,
             threads,
             seed,
-            new_tokens,
-            window,
-            max_windows,
             say,
         )
     tell(validation(done, verbose), report, quiet)

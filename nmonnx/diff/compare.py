@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TypeVar
 
-from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
+from google.protobuf.message import Message
+from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from nmonnx.diff.describe import attribute_text, op_text, signature, value_text
 from nmonnx.diff.edits import (
@@ -24,11 +25,11 @@ from nmonnx.diff.edits import (
     TensorEdit,
     ValueEdit,
 )
+from nmonnx.diff.fields import field_texts
+from nmonnx.diff.functions import called, function_key, function_paths
 from nmonnx.diff.match import Pair, match_nodes
-from nmonnx.diff.weights import digest, same_values, shape_text
+from nmonnx.diff.weights import same_values, shape_text
 from nmonnx.tensors import TensorReader
-
-_FIELDS = ("ir_version", "producer_name", "producer_version", "domain", "model_version", "doc_string")
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -42,37 +43,48 @@ class Comparison:
     in_b: TensorReader
 
     def models(self, a: ModelProto, b: ModelProto) -> Iterator[Edit]:
-        for field in _FIELDS:
-            yield from _texts(FieldEdit, "", {field: str(getattr(a, field))}, {field: str(getattr(b, field))})
+        yield from _fields("", "", a, b)
         yield from _texts(OpsetEdit, "", _opsets(a), _opsets(b))
         yield from _metadata("", "model", "model", a, b)
         yield from self.graphs("", a.graph, b.graph)
         yield from self.functions(a, b)
 
     def graphs(self, scope: str, a: GraphProto, b: GraphProto) -> Iterator[Edit]:
-        for field in ("name", "doc_string", "quantization_annotation"):
-            label = f"graph {field}"
-            yield from _texts(FieldEdit, scope, {label: str(getattr(a, field))}, {label: str(getattr(b, field))})
+        yield from _fields(scope, "graph ", a, b)
         yield from _metadata(scope, "graph", a.name, a, b)
+        for side, ports_a, ports_b in (("input", a.input, b.input), ("output", a.output, b.output)):
+            order = f"graph {side} order"
+            yield from _texts(FieldEdit, scope, {order: _order(ports_a, ports_b)}, {order: _order(ports_b, ports_a)})
         for role, values_a, values_b in (
             ("input", a.input, b.input),
             ("output", a.output, b.output),
             ("value", a.value_info, b.value_info),
         ):
-            texts_a, texts_b = ({v.name: value_text(v) for v in values} for values in (values_a, values_b))
-            for name, before, after in _changes(texts_a, texts_b):
-                yield ValueEdit(scope, name, before, after, role)
+            yield from self.values(scope, role, values_a, values_b)
         yield from self.nodes(scope, a.node, b.node)
         yield from self.initializers(scope, a, b)
 
+    def values(self, scope: str, role: str, a: Iterable[ValueInfoProto], b: Iterable[ValueInfoProto]) -> Iterator[Edit]:
+        for name, before, after in _pairs({v.name: v for v in a}, {v.name: v for v in b}):
+            texts = _said(before, value_text), _said(after, value_text)
+            if texts[0] != texts[1]:
+                yield ValueEdit(scope, name, *texts, role)
+            if before is not None and after is not None:
+                yield from _details(scope, role, name, before, after)
+
     def functions(self, a: ModelProto, b: ModelProto) -> Iterator[Edit]:
-        old, new = ({_key(f): f for f in m.functions} for m in (a, b))
+        old, new = ({function_key(f): f for f in m.functions} for m in (a, b))
+        paths = function_paths(b.functions)
         for key, before, after in _pairs(old, new):
             if before is None or after is None or signature(before) != signature(after):
                 yield FunctionEdit("", key, _said(before, signature), _said(after, signature))
             if before is not None and after is not None:
-                scope = f"function:{after.name}"
+                scope = paths[key]
+                yield from _fields(scope, "function ", before, after)
+                yield from _metadata(scope, "function", key, before, after)
                 yield from _texts(OpsetEdit, scope, _opsets(before), _opsets(after))
+                values = (getattr(f, "value_info", ()) for f in (before, after))  # newer than some onnx releases
+                yield from self.values(scope, "value", *values)
                 yield from self.nodes(scope, before.node, after.node)
 
     def nodes(self, scope: str, a: Sequence[NodeProto], b: Sequence[NodeProto]) -> Iterator[Edit]:
@@ -93,7 +105,7 @@ class Comparison:
                 scope, label(only), _said(a, op_text), _said(b, op_text), tuple(only.input), tuple(only.output)
             )
             return
-        name, same_op = label(b), (a.domain, a.op_type) == (b.domain, b.op_type)
+        name, same_op = label(b), called(a) == called(b)
         if not same_op:
             yield NodeEdit(scope, name, op_text(a), op_text(b), tuple(b.input), tuple(b.output))
         if a.name != b.name:
@@ -109,6 +121,8 @@ class Comparison:
     def attributes(self, scope: str, name: str, a: NodeProto, b: NodeProto) -> Iterator[Edit]:
         if a.doc_string != b.doc_string:
             yield AttributeEdit(scope, name, a.doc_string, b.doc_string, b.op_type, "doc_string")
+        for field, said_a, said_b in _changes(field_texts(a), field_texts(b)):
+            yield AttributeEdit(scope, name, said_a, said_b, b.op_type, field)
         old, new = ({x.name: x for x in node.attribute} for node in (a, b))
         for key, before, after in _pairs(old, new):
             if before is not None and after is not None and before.type == after.type:
@@ -129,10 +143,12 @@ class Comparison:
             yield from self.graphs(f"{scope}[{index}]", before, after)
 
     def initializers(self, scope: str, a: GraphProto, b: GraphProto) -> Iterator[Edit]:
-        old, new = (dict(_tensors(graph)) for graph in (a, b))
+        old, new = ({stored.name: stored for stored in _stored(graph)} for graph in (a, b))
         for name, before, after in _pairs(old, new):
-            if before and after and self._same(before, after):
-                continue
+            if before is not None and after is not None:
+                yield from _details(scope, "initializer", name, before.tensors[0], after.tensors[0])
+                if self._same(before, after):
+                    continue
             yield TensorEdit(
                 scope,
                 name,
@@ -147,10 +163,19 @@ class Comparison:
             return same_values(before.t, self.in_a, after.t, self.in_b)
         return before.SerializeToString(deterministic=True) == after.SerializeToString(deterministic=True)
 
-    def _same(self, before: tuple[TensorProto, ...], after: tuple[TensorProto, ...]) -> bool:
-        return len(before) == len(after) and all(
-            same_values(x, self.in_a, y, self.in_b) for x, y in zip(before, after, strict=True)
+    def _same(self, before: _Stored, after: _Stored) -> bool:
+        return (len(before.tensors), before.dims) == (len(after.tensors), after.dims) and all(
+            same_values(x, self.in_a, y, self.in_b) for x, y in zip(before.tensors, after.tensors, strict=True)
         )
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """An initializer: a tensor, or the values and indices of a sparse one and the shape that they span."""
+
+    name: str
+    tensors: tuple[TensorProto, ...]
+    dims: tuple[int, ...] = ()
 
 
 def _said(thing: V | None, describe: Callable[[V], str]) -> str | None:
@@ -162,24 +187,26 @@ def label(node: NodeProto) -> str:
     return node.name or next((o for o in node.output if o), node.op_type)
 
 
-def _tensors(graph: GraphProto) -> Iterator[tuple[str, tuple[TensorProto, ...]]]:
+def _stored(graph: GraphProto) -> Iterator[_Stored]:
     for tensor in graph.initializer:
-        yield tensor.name, (tensor,)
+        yield _Stored(tensor.name, (tensor,))
     for sparse in graph.sparse_initializer:
-        yield sparse.values.name, (sparse.values, sparse.indices)
+        yield _Stored(sparse.values.name, (sparse.values, sparse.indices), tuple(sparse.dims))
 
 
-def _shape(tensors: tuple[TensorProto, ...]) -> str:
-    return " with indices ".join(shape_text(t) for t in tensors)
+def _shape(stored: _Stored) -> str:
+    whole = f" of {list(stored.dims)}" if stored.dims else ""
+    return " with indices ".join(shape_text(t) for t in stored.tensors) + whole
 
 
-def _digest(tensors: tuple[TensorProto, ...] | None, reader: TensorReader) -> str:
-    return "+".join(digest(t, reader) for t in tensors or ())
+def _digest(stored: _Stored | None, reader: TensorReader) -> str:
+    return "+".join(reader.sha256(t) for t in (stored.tensors if stored is not None else ()))
 
 
-def _key(function: FunctionProto) -> str:
-    overload = getattr(function, "overload", "")
-    return f"{function.domain}::{function.name}" + (f":{overload}" if overload else "")
+def _order(ports: Iterable[ValueInfoProto], others: Iterable[ValueInfoProto]) -> str:
+    """Names of the ports that both graphs have, in order."""
+    names = {v.name for v in others}
+    return ", ".join(v.name for v in ports if v.name in names)
 
 
 def _opsets(owner: ModelProto | FunctionProto) -> dict[str, str]:
@@ -191,6 +218,18 @@ def _texts(
 ) -> Iterator[Edit]:
     for name, before, after in _changes(a, b):
         yield make(scope, name, before, after)
+
+
+def _fields(scope: str, owner: str, a: Message, b: Message) -> Iterator[Edit]:
+    for field, before, after in _changes(field_texts(a), field_texts(b)):
+        yield FieldEdit(scope, f"{owner}{field}", before, after)
+
+
+def _details(scope: str, role: str, name: str, a: Message, b: Message) -> Iterator[Edit]:
+    """What a value or an initializer that both models have carries beside its type and its bytes."""
+    for field, before, after in _changes(field_texts(a), field_texts(b)):
+        yield FieldEdit(scope, f"{field} of {role} {name}", before, after)
+    yield from _metadata(scope, role, name, a, b)
 
 
 def _metadata(scope: str, owner: str, name: str, a, b) -> Iterator[Edit]:  # type: ignore[no-untyped-def]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from onnx import AttributeProto, FunctionProto, NodeProto, TypeProto, ValueInfoProto, helper
 
-from nmonnx.diff.weights import digest, shape_text
+from nmonnx.diff.functions import called
+from nmonnx.diff.weights import shape_text
 from nmonnx.graph import DOMAIN
 from nmonnx.tensors import TensorReader, type_name
 
@@ -16,7 +17,8 @@ def op_text(node: NodeProto) -> str:
     if node.domain == DOMAIN:
         attributes = {a.name: a.i for a in node.attribute}
         return f"{node.op_type} {attributes.get('keep', '?')}:{attributes.get('group', '?')}"
-    return f"{node.domain}::{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
+    domain, op, overload = called(node)
+    return (f"{domain}::" if domain else "") + op + (f":{overload}" if overload else "")
 
 
 def attribute_text(attribute: AttributeProto, reader: TensorReader) -> str:
@@ -24,7 +26,7 @@ def attribute_text(attribute: AttributeProto, reader: TensorReader) -> str:
     if attribute.ref_attr_name:
         return f"@{attribute.ref_attr_name}"
     if attribute.type == AttributeProto.TENSOR:
-        return f"{shape_text(attribute.t)} sha256:{digest(attribute.t, reader)}"
+        return f"{shape_text(attribute.t)} sha256:{reader.sha256(attribute.t)}"
     if attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
         return "graph"
     text = str(helper.get_attribute_value(attribute))
@@ -32,7 +34,7 @@ def attribute_text(attribute: AttributeProto, reader: TensorReader) -> str:
 
 
 def value_text(value: ValueInfoProto) -> str:
-    """ "FLOAT[batch, 576]"; "FLOAT" when the rank is not known."""
+    """ "FLOAT[batch, 576]"; "FLOAT" when the rank is not known; denotations in brackets."""
     return _type_text(value.type)
 
 
@@ -44,6 +46,11 @@ def signature(function: FunctionProto) -> str:
 
 
 def _type_text(kind: TypeProto) -> str:
+    text = _plain_text(kind)
+    return f"{text} ({kind.denotation})" if kind.denotation else text
+
+
+def _plain_text(kind: TypeProto) -> str:
     which = kind.WhichOneof("value")
     if which in ("tensor_type", "sparse_tensor_type"):
         tensor = getattr(kind, which)
@@ -59,5 +66,9 @@ def _type_text(kind: TypeProto) -> str:
 def _dims_text(tensor) -> str:  # type: ignore[no-untyped-def]
     if not tensor.HasField("shape"):
         return ""
-    dims = [str(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?" for d in tensor.shape.dim]
-    return f"[{', '.join(dims)}]"
+    return f"[{', '.join(_dim_text(d) for d in tensor.shape.dim)}]"
+
+
+def _dim_text(dim) -> str:  # type: ignore[no-untyped-def]
+    size = str(dim.dim_value) if dim.HasField("dim_value") else dim.dim_param or "?"
+    return f"{size} ({dim.denotation})" if dim.denotation else size

@@ -10,7 +10,7 @@ from typing import ClassVar
 class Edit:
     """One thing that differs between two models.
 
-    scope   where: "" for the main graph, the path of a subgraph, "function:NAME"
+    scope   where: "" for the main graph, the path of a subgraph or of a function body
     name    what: name of the node (its first output when it has none), tensor, function, opset domain, field
     before  what it was in the first model; None when only the second has it
     after   what it is in the second model; None when only the first has it
@@ -83,7 +83,8 @@ class ValueEdit(Edit):
 
 @dataclass(frozen=True)
 class MetadataEdit(Edit):
-    """One entry of metadata_props; `owner` is "model", "graph" or "node"."""
+    """One entry of metadata_props; `owner` is "model", "graph", "function", "node", "input", "output",
+    "value" or "initializer"."""
 
     kind: ClassVar[str] = "metadata"
     owner: str = ""
@@ -107,6 +108,6 @@ class OpsetEdit(Edit):
 
 @dataclass(frozen=True)
 class FieldEdit(Edit):
-    """A field of the model or the graph, such as ir_version."""
+    """Any other field, such as ir_version, "graph doc_string" or "doc_string of input x"."""
 
     kind: ClassVar[str] = "field"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from itertools import zip_longest
 
@@ -27,16 +26,6 @@ def same_values(a: TensorProto, in_a: TensorReader, b: TensorProto, in_b: Tensor
         len(x) == len(y) and np.array_equal(np.frombuffer(x, np.uint8), np.frombuffer(y, np.uint8))
         for x, y in zip_longest(pieces(a, in_a), pieces(b, in_b), fillvalue=b"")
     )
-
-
-def digest(tensor: TensorProto, reader: TensorReader) -> str:
-    """SHA-256 of type, shape and bytes; the same as `TensorReader.sha256`, without mapping the file."""
-    if tensor.data_type == TensorProto.STRING:
-        return reader.sha256(tensor)
-    sha = hashlib.sha256(f"{tensor.data_type}:{list(tensor.dims)}:".encode())
-    for piece in pieces(tensor, reader):
-        sha.update(piece)
-    return sha.hexdigest()
 
 
 def pieces(tensor: TensorProto, reader: TensorReader) -> Iterator[bytes | memoryview]:

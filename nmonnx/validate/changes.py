@@ -21,7 +21,7 @@ from nmonnx.diff.edits import (
 )
 from nmonnx.graph import DOMAIN
 from nmonnx.validate.claims import Claim
-from nmonnx.validate.scopes import Key, Scopes, Trail
+from nmonnx.validate.scopes import Key, Scopes, Trail, factors
 
 
 class Explained:
@@ -30,8 +30,9 @@ class Explained:
     fused     nodes that an NMMatMul stands for, with the op
     inserted  the ops themselves, and constants that they alone read
     removed   nodes that only served a fused layer
-    rewired   (node, tensor before) -> tensors that a layer may read instead
+    rewired   (node, input) -> tensors that a layer may read there instead of its activation
     neutral   new constants that say what leaving an input out says
+    fallbacks functions that say in stock ops what the ops do
     read      activations; what value_info says of their shapes is a hint that may go
     """
 
@@ -44,11 +45,13 @@ class Explained:
         self.rewired: dict[tuple[Key, str], set[str]] = {}
         self.neutral: set[Key] = set()
         self.read: set[Key] = set()
+        self.fallbacks: set[str] = set()
         self._dropped: set[Key] = set()
 
     def add(self, claim: Claim, before: Trail, after: Trail) -> None:
         """Account for one pruned layer: what lies between its activation and its output."""
         self.inserted |= after.own.keys()
+        self.fallbacks |= {f"{DOMAIN}::{node.op_type}" for node in after.own.values()}
         self.read.add((claim.scope, claim.activation))
         if claim.kernel == "NMMatMul":
             self.fused |= {key for key, node in after.own.items() if claim.output in node.output}
@@ -56,8 +59,9 @@ class Explained:
             return
         outputs = {output for node in after.own.values() for output in node.output}
         for key, node in before.nodes.items():
-            if claim.activation in node.input:
-                self.rewired.setdefault((key, claim.activation), set()).update(outputs)
+            for slot, name in factors(node).items():
+                if name == claim.activation:
+                    self.rewired.setdefault((key, f"input {slot}"), set()).update(outputs)
 
     def finish(self) -> None:
         """Find the nodes that only fed fused layers: weights' Cast, Transpose, Identity, constants."""
@@ -125,7 +129,7 @@ def _is_explained(edit: Edit, explained: Explained) -> bool:
             return key in explained.fused
         case RewireEdit():
             after = edit.after or ""
-            return key in explained.fused or after in explained.rewired.get((key, edit.before or ""), ())
+            return key in explained.fused or after in explained.rewired.get((key, edit.slot), ())
         case TensorEdit() if edit.change == "added":
             return edit.name in explained.changed or key in explained.neutral
         case TensorEdit() if edit.change == "removed":
@@ -140,7 +144,7 @@ def _is_explained(edit: Edit, explained: Explained) -> bool:
         case OpsetEdit():
             return edit.name == DOMAIN and edit.change == "added"
         case FunctionEdit():
-            return edit.name.startswith(f"{DOMAIN}::") and edit.change == "added"
+            return edit.change == "added" and edit.name in explained.fallbacks
         case _:
             return False
 

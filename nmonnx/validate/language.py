@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from nmonnx.feeds import Feed, make_feeds, signature
 from nmonnx.perplexity import Perplexity, perplexity
 from nmonnx.text import encode
 from nmonnx.validate.outputs import run_feeds
-from nmonnx.validate.result import Check, LanguageRecord, Thresholds, at_least, at_most
+from nmonnx.validate.result import GREEDY, PPL_RATIO, Check, LanguageRecord, Thresholds, held
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -27,14 +26,28 @@ _FEEDS, _FEED_LENGTH = 4, 64
 
 
 @dataclass(frozen=True)
-class Task:
-    """What both models are asked: continue prompts greedily by `new_tokens`, and, when `text` holds token ids, predict
-    it in at most `max_windows` windows of `window` tokens. Without a text the prompts are random tokens."""
+class Language:
+    """What both models are asked: continue prompts greedily by `new_tokens`, and, with a text and its tokenizer,
+    predict it in at most `max_windows` windows (None: all) of `window` tokens. Without a text the prompts are random.
+    Raises UsageError for a text without a tokenizer."""
 
+    tokenizer: Tokenizer | None = None
+    text: str | None = None
+    new_tokens: int = 16
+    window: int = 512
+    max_windows: int | None = 8
+
+    def __post_init__(self) -> None:
+        if self.text is not None and self.tokenizer is None:
+            raise UsageError("a text was given without a tokenizer; give the tokenizer.json of the model too")
+
+
+@dataclass(frozen=True)
+class Task:
+    """The same with the text as token ids, and the seed of the random prompts."""
+
+    asked: Language
     text: np.ndarray | None
-    new_tokens: int
-    window: int
-    max_windows: int | None
     seed: int
 
 
@@ -47,14 +60,9 @@ class Answer:
     reason: str = ""
 
 
-def make_task(
-    tokenizer: Tokenizer | None, text: str | None, new_tokens: int, window: int, max_windows: int | None, seed: int
-) -> Task:
-    """Raises UsageError when a text comes without a tokenizer."""
-    if text is not None and tokenizer is None:
-        raise UsageError("a text was given without a tokenizer; give the tokenizer.json of the model too")
-    tokens = encode(tokenizer, text) if tokenizer is not None and text is not None else None
-    return Task(tokens, new_tokens, window, max_windows, seed)
+def make_task(asked: Language, seed: int) -> Task:
+    tokenizer, text = asked.tokenizer, asked.text
+    return Task(asked, encode(tokenizer, text) if tokenizer is not None and text is not None else None, seed)
 
 
 def text_feeds(session: ort.InferenceSession, path: Path, task: Task) -> list[Feed]:
@@ -76,23 +84,23 @@ def ask(session: ort.InferenceSession, path: Path, task: Task) -> Answer:
     """Give the task to a model; one that is no decoder answers with the reason."""
     try:
         decoder = Decoder(session, path=path)
-        written = _continue(decoder, task) if task.new_tokens else None
+        written = _continue(decoder, task) if task.asked.new_tokens else None
     except (InputError, RunError) as e:
         return Answer(reason=str(e))
     if task.text is None:
         return Answer(written)
-    window = min(task.window, decoder.context or task.window)
-    return Answer(written, perplexity(decoder, task.text, window, max_windows=task.max_windows))
+    window = min(task.asked.window, decoder.context or task.asked.window)
+    return Answer(written, perplexity(decoder, task.text, window, max_windows=task.asked.max_windows))
 
 
-def compare_answers(old: Answer, new: Answer, task: Task, limits: Thresholds) -> tuple[LanguageRecord, list[Check]]:
+def compare_answers(old: Answer, new: Answer, limits: Thresholds) -> tuple[LanguageRecord, list[Check]]:
     record, checks = LanguageRecord(), []
     if old.written is not None and new.written is not None:
         count, length = old.written.shape
         share = float(_equal_prefix(old.written, new.written).mean() / length)
         record = replace(record, greedy=share, prompts=count, new_tokens=length)
         detail = f"of {length} tokens, up to the first difference, mean of {count} prompts"
-        checks.append(at_least("greedy continuation is equal", share, limits.greedy, detail))
+        checks.append(held("greedy", GREEDY, share, limits, detail))
     if old.ppl is not None and new.ppl is not None:
         steps = np.subtract(new.ppl.window_nll, old.ppl.window_nll)
         error = float(steps.std(ddof=1) / math.sqrt(len(steps))) if len(steps) > 1 else None
@@ -105,27 +113,19 @@ def compare_answers(old: Answer, new: Answer, task: Task, limits: Thresholds) ->
         )
         ratio = math.exp(min(new.ppl.nll - old.ppl.nll, 700.0))
         detail = f"{old.ppl.ppl:.4g} -> {new.ppl.ppl:.4g}; {new.ppl.protocol}"
-        checks.append(at_most("perplexity ratio", ratio, limits.ppl_ratio, detail))
-    return record, checks + list(_unmet(record, limits))
-
-
-def _unmet(record: LanguageRecord, limits: Thresholds) -> Iterator[Check]:
-    """A limit on what could not be measured is a failure, not a pass."""
-    if limits.greedy is not None and record.greedy is None:
-        yield Check("greedy continuation is equal", math.nan, limits.greedy, False, "not measured")
-    if limits.ppl_ratio is not None and record.ppl_original is None:
-        yield Check("perplexity ratio", math.nan, limits.ppl_ratio, False, "not measured: give a tokenizer and a text")
+        checks.append(held("ppl_ratio", PPL_RATIO, ratio, limits, detail))
+    return record, checks
 
 
 def _continue(decoder: Decoder, task: Task) -> np.ndarray:
     """Greedy continuations [prompts, new tokens]."""
     prompts = _prompts(decoder, task)
-    room = task.new_tokens if decoder.context is None else decoder.context - prompts.shape[1]
+    room = task.asked.new_tokens if decoder.context is None else decoder.context - prompts.shape[1]
     if room < 1:
         raise InputError(f"the model sees {decoder.context} tokens, which leaves no room for a continuation")
     picked = decoder.prefill(prompts).argmax(axis=-1)
     written = [picked]
-    for _ in range(min(task.new_tokens, room) - 1):
+    for _ in range(min(task.asked.new_tokens, room) - 1):
         picked = decoder.step(picked).argmax(axis=-1)
         written.append(picked)
     return np.stack(written, axis=1)

@@ -4,30 +4,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from nmonnx.errors import UsageError
 from nmonnx.metrics import Closeness, LogitCloseness
 from nmonnx.recipe import Recipe
 
 _SHOWN = 3
 
+_MOST = {"max_abs", "mean_abs", "relative", "kl", "ppl_ratio"}
+"""Limits that are the most; the others are the least."""
+
+GREEDY = "greedy continuation is equal"
+PPL_RATIO = "perplexity ratio"
+KEPT_ENERGY = "kept energy of a layer's input"
+
+_NAMES = {"greedy": GREEDY, "ppl_ratio": PPL_RATIO, "kept_energy": KEPT_ENERGY}
+
+_MISSING = {
+    **dict.fromkeys(("kl", "top1", "top5"), "no output holds logits"),
+    "greedy": "the model is no text decoder, or no tokens were asked for",
+    "ppl_ratio": "give a text decoder, a tokenizer and a text",
+    "kept_energy": "no pruned layer saw a token",
+}
+"""What a limit lacks when nothing measured it."""
+
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: what, measured, limit (None: measured only), passed, and the words to it."""
+    """One comparison: what, measured, limit (None: measured only), passed, the words to it, and the field of
+    `Thresholds` that it is about ("" when it is proven or only measured)."""
 
     name: str
     value: float
     limit: float | None
     passed: bool
     detail: str = ""
+    metric: str = ""
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Limits that the user sets; None asks for nothing.
+    """Limits that the user sets; None asks for nothing. Raises UsageError for NaN, which nothing meets.
 
     max_abs, mean_abs, relative, kl  most; snr_db, cosine, top1, top5  least: of the logits, or of every
                                      floating-point output of a model without logits
@@ -47,6 +67,11 @@ class Thresholds:
     greedy: float | None = None
     ppl_ratio: float | None = None
     kept_energy: float | None = None
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if (limit := getattr(self, f.name)) is not None and math.isnan(limit):
+                raise UsageError(f"the limit of {f.name} is NaN, which nothing meets; give a number")
 
 
 @dataclass(frozen=True)
@@ -178,12 +203,26 @@ def counted(name: str, total: int, faults: Sequence[str], what: str) -> Check:
     return Check(name, max(0, total - len(faults)), total, False, shown + more)
 
 
-def at_most(name: str, value: float, limit: float | None, detail: str = "") -> Check:
-    return Check(name, value, limit, limit is None or value <= limit, detail)
+def held(metric: str, name: str, value: float, limits: Thresholds, detail: str = "") -> Check:
+    """A check that `value` is within the limit of `metric`, a field of `Thresholds`, if there is one."""
+    limit = getattr(limits, metric)
+    within = limit is None or (value <= limit if metric in _MOST else value >= limit)
+    return Check(name, value, limit, within, detail, metric)
 
 
-def at_least(name: str, value: float, limit: float | None, detail: str = "") -> Check:
-    return Check(name, value, limit, limit is None or value >= limit, detail)
+def unmeasured(checks: Sequence[Check], limits: Thresholds, reason: str = "") -> list[Check]:
+    """A failed check for every limit that none of `checks` is about: what was not measured is not within it. `reason`
+    says why nothing at all was measured."""
+    measured = {check.metric for check in checks if check.limit is not None}
+    return [
+        Check(_NAMES.get(metric, metric), math.nan, limit, False, _not_measured(reason or _MISSING.get(metric)), metric)
+        for metric, limit in asdict(limits).items()
+        if limit is not None and metric not in measured
+    ]
+
+
+def _not_measured(reason: str | None) -> str:
+    return f"not measured: {reason or 'no floating-point output has values'}"
 
 
 def _number(value: float) -> str:

@@ -8,10 +8,14 @@ from dataclasses import dataclass, field
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 from nmonnx.diff.compare import label
+from nmonnx.diff.functions import function_key, function_paths
 from nmonnx.graph import DOMAIN
 
 Key = tuple[str, str]
 """A tensor: (path of the scope that defines it, name)."""
+
+_ADDENDS = {("", "Gemm"): 2, ("com.microsoft", "FusedGemm"): 2, (DOMAIN, "NMMatMul"): 2}
+"""Input that a product adds as it is: no path on which an activation is to be pruned."""
 
 
 @dataclass
@@ -36,7 +40,7 @@ class Trail:
 
     ops     for each path from the activation: how many nmonnx ops it passes
     nodes   (scope path, label) of the nodes on those paths, with the node
-    leaves  tensors that the layer reads beside the activation: weights, bias, scales
+    leaves  tensors that the layer reads beside the activation: weights, scales, and what it adds
     """
 
     ops: frozenset[int]
@@ -55,9 +59,10 @@ class Scopes:
     def __init__(self, proto: ModelProto) -> None:
         self.by_path: dict[str, Scope] = {}
         self._add("", proto.graph, None)
+        paths = function_paths(proto.functions)
         for function in proto.functions:
             if function.domain != DOMAIN:
-                self._add(f"function:{function.name}", function, None)
+                self._add(paths[function_key(function)], function, None)
 
     def __iter__(self) -> Iterator[Scope]:
         return iter(self.by_path.values())
@@ -77,23 +82,25 @@ class Scopes:
 
     def trail(self, output: Key, activation: Key, others: frozenset[Key] = frozenset()) -> Trail:
         """Walk back from `output` until `activation`, initializers, graph inputs, and the outputs of `others`, layers
-        that are told on their own."""
+        that are told on their own. What a product adds is a leaf."""
         counts: dict[Key, frozenset[int]] = {}
         trail = Trail(frozenset())
         stack, entered = [output], set()
         while stack:
             key = stack[-1]
             node = None if key == activation or (key in others and key != output) else self.maker(key)
-            sources = [k for k in (self.find(key[0], n) for n in node.input if n) if k] if node else []
+            multiplied, added = self._sources(key[0], node) if node else ([], [])
+            sources = [*multiplied, *added]
             if key not in entered:  # whoever is entered but not counted lies on a cycle
                 entered.add(key)
-                stack += [k for k in sources if k not in entered]
+                stack += [k for k in multiplied if k not in entered]
                 continue
             stack.pop()
             if key in counts:
                 continue
             step = 1 if node is not None and node.domain == DOMAIN else 0
-            counts[key] = frozenset(count + step for k in sources for count in counts.get(k, ()))
+            counts[key] = frozenset(count + step for k in multiplied for count in counts.get(k, ()))
+            trail.leaves.update(added)
             if key == activation:
                 counts[key] = frozenset({0})
             elif node is None or not sources:
@@ -102,6 +109,15 @@ class Scopes:
                 trail.nodes[key[0], label(node)] = node
         trail.ops = counts[output]
         return trail
+
+    def _sources(self, path: str, node: NodeProto) -> tuple[list[Key], list[Key]]:
+        """The tensors that a node computes with, and those that it only adds."""
+        multiplied = factors(node)
+        found = [(slot, self.find(path, name)) for slot, name in enumerate(node.input) if name]
+        return (
+            [key for slot, key in found if key and slot in multiplied],
+            [key for slot, key in found if key and slot not in multiplied],
+        )
 
     def readers(self) -> dict[Key, list[tuple[Scope, NodeProto]]]:
         """Every tensor with the nodes that read it, those in inner scopes too."""
@@ -133,3 +149,10 @@ class Scopes:
             for attribute in node.attribute:
                 if attribute.type == AttributeProto.GRAPH:
                     self._add(f"{path}/{label(node)}.{attribute.name}".lstrip("/"), attribute.g, scope)
+
+
+def factors(node: NodeProto) -> dict[int, str]:
+    """Inputs of a node by position, but for those that it only adds."""
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    addend = _ADDENDS.get((domain, node.op_type))
+    return {slot: name for slot, name in enumerate(node.input) if name and slot != addend}

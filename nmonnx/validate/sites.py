@@ -41,19 +41,21 @@ def measure_sites(
         _run(pair, tapped, feeds, threads)
         weights = {site.name: site for site in sites}
         for probe in tapped:
-            _multiply(pair, probe, weights.get(probe.claim.name))
+            _multiply(probe, weights.get(probe.claim.name))
     return [_record(p) for p in probes], _checks(tapped) if feeds else []
 
 
 @dataclass
 class _Probe:
     """One layer, and sums over what was seen of it. `before` are rows of the original's activation, `after` pairs of
-    rows of the converted model's activation and output."""
+    rows of the converted model's activation and output. `options` are the op's inputs beside x and W; those that are no
+    stored values, but `computed` by nodes such as a Cast, are fetched by tensor name in each run."""
 
     claim: Claim
     node: NodeProto | None
     note: str = ""
     options: dict[str, np.ndarray] = field(default_factory=dict)
+    computed: dict[str, str] = field(default_factory=dict)
     tokens: int = 0
     energy: float = 0.0
     kept: float = 0.0
@@ -78,13 +80,15 @@ class _Probe:
         return self.claim.kernel == "NMMatMul"
 
     def prune(self, x: np.ndarray) -> np.ndarray:
-        return prune(x, self.pattern.n, self.pattern.m, **self.options)
+        criterion = {slot: self.options.get(slot) for slot in ("scale", "shift", "order")}
+        return prune(x, self.pattern.n, self.pattern.m, **criterion)
 
     def names(self) -> tuple[list[str], list[str]]:
         """Tensors to tap in the original and in the converted model."""
         assert self.node is not None
         names = [self.claim.activation, self.claim.output]
-        return names, names if self.fused else [*names, self.node.output[0]]
+        own = [] if self.fused else [self.node.output[0]]
+        return names, [*names, *own, *self.computed.values()]
 
 
 def _probe(pair: Pair, claim: Claim) -> _Probe:
@@ -96,9 +100,16 @@ def _probe(pair: Pair, claim: Claim) -> _Probe:
     ops = list(trail.own.values())
     if len(ops) != 1:
         return _Probe(claim, None, "it has no op of its own")
-    inputs = pair.inputs_of("", ops[0])
-    constants = {slot: pair.constant(inputs[slot]) for slot in ("scale", "shift", "order") if slot in inputs}
-    return _Probe(claim, ops[0], options={k: v for k, v in constants.items() if v is not None})
+    probe = _Probe(claim, ops[0])
+    for slot, key in pair.inputs_of("", ops[0]).items():
+        if slot in ("x", "W"):
+            continue
+        values = pair.constant(key)
+        if values is None:
+            probe.computed[slot] = key[1]
+        else:
+            probe.options[slot] = values
+    return probe
 
 
 def _run(pair: Pair, probes: Sequence[_Probe], feeds: Sequence[Feed], threads: int) -> None:
@@ -120,6 +131,7 @@ def _see(probe: _Probe, before: Mapping[str, np.ndarray], after: Mapping[str, np
         probe.note = f"its activation has shape {list(x.shape)}, not {claim.k} channels in the last axis"
         return
     x = x.reshape(-1, claim.k)
+    probe.options |= {slot: after[name] for slot, name in probe.computed.items()}
     probe.tokens += len(x)
     kept = probe.prune(x)
     probe.energy += _square(x)
@@ -133,7 +145,8 @@ def _see_outputs(probe: _Probe, old: np.ndarray, new: np.ndarray) -> None:
     if old.dtype.kind == "f" and old.shape == new.shape:
         probe.compares_outputs = True
         probe.signal += _square(old)
-        probe.drift += _square(new.astype(np.float64) - old)
+        with np.errstate(invalid="ignore"):
+            probe.drift += _square(new.astype(np.float64) - old)
 
 
 def _see_op(probe: _Probe, after: Mapping[str, np.ndarray]) -> None:
@@ -163,7 +176,7 @@ def _wrong_groups(x: np.ndarray, pruned: np.ndarray, pattern: Pattern) -> int:
     return int((has != np.minimum(had, pattern.n)).sum())
 
 
-def _multiply(pair: Pair, probe: _Probe, site: Site | None) -> None:
+def _multiply(probe: _Probe, site: Site | None) -> None:
     """The layer's own error, and for a fused op how far its output is beyond rounding, on some rows."""
     claim = probe.claim
     if site is None or not probe.tokens or claim.k * claim.n > _LARGEST_WEIGHT:
@@ -181,25 +194,30 @@ def _multiply(pair: Pair, probe: _Probe, site: Site | None) -> None:
         lost, whole = (np.linalg.norm(rows.astype(np.float64)) for rows in ((x - probe.prune(x)) @ weight, x @ weight))
     probe.error = relative(float(lost), float(whole))
     if probe.fused:
-        probe.excess = _excess(pair, probe, weight)
+        probe.excess = _excess(probe, weight)
 
 
-def _excess(pair: Pair, probe: _Probe, weight: np.ndarray) -> float:
+def _excess(probe: _Probe, weight: np.ndarray) -> float:
     """Largest |y - reference| in units of what rounding explains: float32 sums in any order, and the rounding of y."""
-    assert probe.node is not None
-    inputs = pair.inputs_of("", probe.node)
-    stored = pair.constant(inputs["bias"]) if "bias" in inputs else None
-    bias = np.zeros(1) if stored is None else stored.astype(np.float64)
     x, y = (np.concatenate(part)[:_ROWS] for part in zip(*probe.after, strict=True))
+    bias = probe.options.get("bias", np.zeros(1, np.float32)).reshape(-1).astype(np.float64)
     pruned = probe.prune(x).astype(np.float64)
-    want = pruned @ weight + bias
-    bound = np.abs(pruned) @ np.abs(weight) + np.abs(bias)
-    unit = np.finfo(y.dtype).eps + (probe.claim.k + 1) * np.finfo(np.float32).eps
-    wrong = ~np.isfinite(want) & ~_same(want.astype(y.dtype), y)
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        want = pruned @ weight + bias
+        bound = np.abs(pruned) @ np.abs(weight) + np.abs(bias)
+        unit = np.finfo(y.dtype).eps + (probe.claim.k + 1) * np.finfo(np.float32).eps
         ratio = np.where(y == want, 0.0, np.abs(y - want) / (unit * bound))
-    ratio = np.where(np.isfinite(want), ratio, np.where(wrong, np.inf, 0.0))
+        alike = np.where(np.isfinite(want), _overflows(want, bound, y, unit), _same(want.astype(y.dtype), y))
+    ratio = np.where(np.isfinite(want) & np.isfinite(y), ratio, np.where(alike, 0.0, np.inf))
     return float(np.nan_to_num(ratio, nan=np.inf).max(initial=0.0))
+
+
+def _overflows(want: np.ndarray, bound: np.ndarray, y: np.ndarray, unit: float) -> np.ndarray:
+    """Where `y` may be what it is, Inf or NaN, though the sum is finite: because a partial sum leaves the range of
+    float32, or because the sum rounds to Inf in y's own type."""
+    partial = bound * (1 + unit) >= np.finfo(np.float32).max
+    rounded = (np.abs(want) + unit * bound >= np.finfo(y.dtype).max) & (y == np.copysign(np.inf, want))
+    return partial | rounded
 
 
 def _checks(probes: Sequence[_Probe]) -> list[Check]:

@@ -187,9 +187,6 @@ class _Structure:
     def _stored(self, scopes: Scopes, name: str) -> TensorProto | None:
         return next((s.initializers[name] for s in scopes if name in s.initializers), None)
 
-    def _gone(self, claim: Claim) -> bool:
-        return self.pair.new.find(claim.scope, claim.output) is None
-
 
 def pattern_of(node: NodeProto) -> str:
     """ "8:16" of a custom op."""

@@ -1,0 +1,125 @@
+"""Run the embedded fallback functions without the library, on values that break careless ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper
+
+from nmonnx.feeds.sample import explain
+from nmonnx.graph import DOMAIN
+from nmonnx.reference import prune
+from nmonnx.sites import Site
+from nmonnx.validate.pair import SLOTS, Pair
+from nmonnx.validate.result import Check, counted
+from nmonnx.validate.structure import sites_of
+
+_DTYPES: dict[int, type] = {
+    TensorProto.FLOAT: np.float32,
+    TensorProto.FLOAT16: np.float16,
+    TensorProto.DOUBLE: np.float64,
+}
+
+_GROUPS, _ROWS, _COLUMNS = 3, 32, 4
+"""Whole groups and rows of the activation, and columns of the weight, that a function is tried on."""
+
+
+@dataclass(frozen=True)
+class _Use:
+    """How the ops of a model use a function; what one trial stands for."""
+
+    op: str
+    keep: int
+    group: int
+    tail: int
+    elem: int
+
+
+def check_fallback(pair: Pair, sites: Sequence[Site]) -> Check:
+    """Whether the functions `ai.nmonnx::*` of the converted model compute what the reference does, for every pattern,
+    type and tail that the ops of the model use. `sites` are those of the original. The weights stay out of it."""
+    functions = {f.name: f for f in pair.after.functions if f.domain == DOMAIN}
+    uses = dict.fromkeys(u for u in _uses(pair, sites) if u.op in functions)
+    faults = [fault for use in uses for fault in _faults(pair.after, functions[use.op], use)]
+    return counted("fallback functions compute what the reference does", len(uses), faults, "uses of the functions")
+
+
+def _uses(pair: Pair, sites: Sequence[Site]) -> Iterator[_Use]:
+    by_name = {site.name: site for site in sites}
+    for scope in pair.new:
+        for node in scope.nodes:
+            site = next((by_name[name] for name in sites_of(node) if name in by_name), None)
+            options = {a.name: a.i for a in node.attribute}
+            keep, group = options.get("keep", 0), options.get("group", 0)
+            if node.domain == DOMAIN and site is not None and site.elem in _DTYPES and 0 < keep <= group:
+                yield _Use(node.op_type, keep, group, site.k % group, site.elem)
+
+
+def _faults(model: ModelProto, function: FunctionProto, use: _Use) -> Iterator[str]:
+    slots = SLOTS.get(use.op, ())[: len(function.input)]
+    arrays = _arrays(use, slots)
+    said = f"{use.op} {use.keep}:{use.group} of {TensorProto.DataType.Name(use.elem)}"
+    for rows in (_ROWS, 0):
+        feed = {**arrays, "x": arrays["x"][:rows]}
+        try:
+            got = _run(_trial(model, function, use, arrays), feed)
+        except Exception as e:  # ONNX Runtime has no common class for its errors
+            yield f"{said} does not run: {explain(e)}"
+            return
+        if not _agrees(got, feed, use):
+            yield f"{said} differs from the reference"
+            return
+
+
+def _arrays(use: _Use, slots: Sequence[str]) -> dict[str, np.ndarray]:
+    """Values for every input of the function: ties, zeros of both signs and, where no product spreads them, NaN and
+    Inf; a scale and a shift that float16 can express, so that nothing is rounded."""
+    rng = np.random.default_rng(0)
+    dtype, k = _DTYPES[use.elem], _GROUPS * use.group + use.tail
+    x: np.ndarray = rng.integers(-8, 9, (_ROWS, k)).astype(dtype)
+    x[1], x[2, ::2], x[3] = 0, -0.0, -1
+    if use.op == "NMPrune":
+        x[_ROWS // 2 :] = rng.choice(np.array([np.nan, np.inf, -np.inf, 7, -1], dtype), (_ROWS - _ROWS // 2, k))
+    values = {
+        "x": x,
+        "W": rng.integers(-8, 9, (k, _COLUMNS)).astype(dtype),
+        "bias": rng.integers(-8, 9, _COLUMNS).astype(dtype),
+        "scale": rng.choice(np.array([0, 0.5, 1, 2], np.float32), k),
+        "shift": rng.integers(-2, 3, k).astype(np.float32),
+        "order": rng.permutation(k),
+    }
+    return {slot: values[slot] for slot in slots}
+
+
+def _trial(model: ModelProto, function: FunctionProto, use: _Use, arrays: dict[str, np.ndarray]) -> ModelProto:
+    """A model of one node that calls the function."""
+    node = NodeProto(op_type=use.op, domain=DOMAIN, name=use.op, input=list(arrays), output=["y"])
+    node.attribute.extend([helper.make_attribute("keep", use.keep), helper.make_attribute("group", use.group)])
+    inputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(a.dtype), [None] * a.ndim)
+        for name, a in arrays.items()
+    ]
+    outputs = [helper.make_tensor_value_info("y", use.elem, [None, None])]
+    graph = helper.make_graph([node], "trial", inputs, outputs)
+    return helper.make_model(
+        graph, functions=[function], opset_imports=list(model.opset_import), ir_version=model.ir_version
+    )
+
+
+def _run(trial: ModelProto, feed: dict[str, np.ndarray]) -> np.ndarray:
+    import onnxruntime
+
+    options, quiet = onnxruntime.SessionOptions(), onnxruntime.RunOptions()
+    options.log_severity_level = quiet.log_severity_level = 4  # a failure is raised with its reason
+    session = onnxruntime.InferenceSession(trial.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(["y"], feed, quiet)[0]
+
+
+def _agrees(got: np.ndarray, feed: dict[str, np.ndarray], use: _Use) -> bool:
+    criterion = {slot: feed.get(slot) for slot in ("scale", "shift", "order")}
+    want = prune(feed["x"], use.keep, use.group, **criterion)
+    if use.op == "NMMatMul":  # small integers, so that every sum is exact
+        want = (want.astype(np.float64) @ feed["W"].astype(np.float64) + feed.get("bias", 0.0)).astype(want.dtype)
+    return got.dtype == want.dtype and np.array_equal(got, want, equal_nan=True)
