@@ -291,3 +291,20 @@ def test_a_model_that_fails_while_it_runs_leaves_no_line_of_the_runtime_on_stder
     report = tampered(pair, reshape)
     assert "the converted model runs" in failed(report)
     assert "onnxruntime" not in capfd.readouterr().err
+
+
+def test_a_wide_weight_is_checked_block_by_block_with_its_bias(tmp_path, monkeypatch):
+    monkeypatch.setattr("nmonnx.validate.sites._BLOCK", 100)
+    proto = model(
+        "b (float[t, 32] x) => (float[t, 10] y) { y = Gemm(x, w, b) }", w=weights(32, 10), b=100 * weights(10, seed=1)
+    )
+    pair = converted(proto, tmp_path)
+    assert validate(*pair).passed
+
+    def change_last_column(m: ModelProto) -> None:
+        stored = next(t for t in m.graph.initializer if t.name == "w")
+        values = numpy_helper.to_array(stored).copy()
+        values[:, -1] *= 2
+        stored.CopyFrom(numpy_helper.from_array(values, "w"))
+
+    assert FUSED in failed(tampered(pair, change_last_column))

@@ -29,6 +29,9 @@ _ROWS = 64
 _LARGEST_WEIGHT = 1 << 28
 """Weights with more elements than this are not multiplied again."""
 
+_BLOCK = 1 << 22
+"""Elements of a weight that are widened to float64 at once; bounds memory."""
+
 
 def measure_sites(
     pair: Pair, sites: Sequence[Site], feeds: Sequence[Feed], threads: int
@@ -202,10 +205,17 @@ def _excess(probe: _Probe, weight: np.ndarray) -> float:
     x, y = (np.concatenate(part)[:_ROWS] for part in zip(*probe.after, strict=True))
     bias = probe.options.get("bias", np.zeros(1, np.float32)).reshape(-1).astype(np.float64)
     pruned = probe.prune(x).astype(np.float64)
+    width = max(1, _BLOCK // probe.claim.k)
+    blocks = [slice(start, start + width) for start in range(0, probe.claim.n, width)]
+    parts = (_excess_of(pruned, weight[:, b], bias[b] if bias.size > 1 else bias, y[:, b]) for b in blocks)
+    return max(parts, default=0.0)
+
+
+def _excess_of(pruned: np.ndarray, weight: np.ndarray, bias: np.ndarray, y: np.ndarray) -> float:
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         want = pruned @ weight + bias
         bound = np.abs(pruned) @ np.abs(weight) + np.abs(bias)
-        unit = np.finfo(y.dtype).eps + (probe.claim.k + 1) * np.finfo(np.float32).eps
+        unit = np.finfo(y.dtype).eps + (len(weight) + 1) * np.finfo(np.float32).eps
         ratio = np.where(y == want, 0.0, np.abs(y - want) / (unit * bound))
         alike = np.where(np.isfinite(want), _overflows(want, bound, y, unit), _same(want.astype(y.dtype), y))
     ratio = np.where(np.isfinite(want) & np.isfinite(y), ratio, np.where(alike, 0.0, np.inf))
