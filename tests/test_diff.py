@@ -244,6 +244,8 @@ CHANGES = {
 
 @pytest.mark.parametrize("case", CHANGES)
 def test_one_change_is_one_edit(case, tmp_path):
+    if case == "a node's device" and not hasattr(onnx.NodeProto(), "device_configurations"):
+        pytest.skip(f"onnx {onnx.__version__} knows no devices")
     change, expected = CHANGES[case]
     edits = changed(tmp_path, change)
     assert [(e.kind, e.change, e.scope, e.name) for e in edits] == [expected]
