@@ -13,7 +13,6 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProt
 from onnx.defs import OpSchema
 
 from nmonnx.errors import InputError
-from nmonnx.tensors import type_name
 
 _DEFAULT = ("", "ai.onnx")
 _ONLY_IN_ONNX_RUNTIME = {
@@ -132,18 +131,11 @@ class _Walk:
     def _bind(self, node: NodeProto, rules: _Rules, known: Mapping[str, _Known]) -> dict[str, int]:
         """The element type that each type name of the schema stands for."""
         types: dict[str, int] = {}
-        first: dict[str, str] = {}
         for i, name in enumerate(node.input):
             kind = rules.inputs[min(i, len(rules.inputs) - 1)]
             elem = known.get(name, _UNKNOWN).elem if name else 0
-            if kind is None or not elem:
-                continue
-            if types.setdefault(kind, elem) != elem:
-                raise InputError(
-                    f"{self.where}: {label(node)} takes {first[kind]!r} of type {type_name(types[kind])} and"
-                    f" {name!r} of type {type_name(elem)}, which must be one type; cast one of them"
-                )
-            first.setdefault(kind, name)
+            if kind is not None and elem:
+                types.setdefault(kind, elem)
         return types
 
     def _product(self, node: NodeProto, known: Mapping[str, _Known]) -> tuple[int, ...] | None:

@@ -22,6 +22,9 @@ INPUTS = {"NMPrune": ("x", *CRITERION), "NMMatMul": ("x", "W", "bias", *CRITERIO
 """Inputs of each op, by position."""
 
 
+INSIDE = "the fallback functions are in the file all the same: ONNX Runtime needs them where an op lies in a function"
+
+
 @dataclass(frozen=True)
 class EmitFunctions:
     """Add a model-local function `ai.nmonnx::OP` for every custom op in the graph.
@@ -32,14 +35,18 @@ class EmitFunctions:
     3. A body cannot ask whether an optional input is there: once one node brings it, every other gets a neutral one.
     4. The bodies compute with the shape of the activation; where value_info fixes it to numbers, which ONNX Runtime
        would believe even if they are stale, that claim is dropped.
-    5. Left out, with the reason, where the opset cannot express it (see `Body.refusal`).
+    5. fallback "none" leaves them out, unless an op lies inside a model-local function of the original, where ONNX
+       Runtime cannot tell its types without.
+    6. Left out, with the reason, where the opset cannot express it (see `Body.refusal`).
     """
 
     fallback: str = "function"
     name: str = "emit-functions"
 
     def apply(self, model: Model, sites: Sequence[Site]) -> PassResult:
-        nodes = [node for _, node in _custom_nodes(model)] if self.fallback == "function" else []
+        found = list(_custom_nodes(model))
+        inside = self.fallback == "none" and any(scope.startswith("function:") for scope, _ in found)
+        nodes = [node for _, node in found] if self.fallback == "function" or inside else []
         ops = sorted({node.op for node in nodes} - {f.name for f in model.functions})
         if not ops:
             return PassResult(self.name)
@@ -59,7 +66,7 @@ class EmitFunctions:
         texts = {"NMPrune": prune_function, "NMMatMul": matmul_function}
         model.functions.extend(onnx.parser.parse_function(texts[op](body)) for op in ops)
         model.shapeless.update(site.activation.name for site in sites if _claims_sizes(site))
-        return PassResult(self.name, len(ops))
+        return PassResult(self.name, len(ops), {"model": INSIDE} if inside else {})
 
 
 def _custom_nodes(model: Model) -> Iterator[tuple[str, gs.Node]]:
@@ -89,12 +96,13 @@ def _complete_inputs(model: Model, sites: Sequence[Site], wanted: set[str]) -> N
 def _neutral(model: Model, names: Names, made: dict, scope: str, site: Site, name: str) -> gs.Tensor:
     """A constant that changes nothing, one for each kind and, since functions have no initializers, each function."""
     half = site.elem == TensorProto.FLOAT16
-    values = {
-        "bias": lambda: np.zeros(site.n, np.float16 if half else np.float32),
-        "scale": lambda: np.ones(1, np.float32),
-        "shift": lambda: np.zeros(1, np.float32),
-        "order": lambda: np.arange(site.k),
-    }[name]()
+    neutral: dict[str, np.ndarray] = {
+        "bias": np.zeros(site.n, np.float16 if half else np.float32),
+        "scale": np.ones(1, np.float32),
+        "shift": np.zeros(1, np.float32),
+        "order": np.arange(site.k),
+    }
+    values = neutral[name]
     function = scope.partition("/")[0] if scope.startswith("function:") else ""
     key = (function, name, values.dtype, values.size)
     if key not in made:
