@@ -8,6 +8,7 @@ graphsurgeon does not carry (metadata, doc strings, types, unused initializers) 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,10 +80,11 @@ class Model:
 
     def scopes(self) -> Iterator[tuple[str, gs.Graph]]:
         """Every graph that holds nodes, with its path: the main graph (""), the If/Loop bodies inside it, and
-        the bodies of model-local functions ("function:NAME")."""
+        the bodies of model-local functions ("function:NAME", or "function:DOMAIN:NAME[:OVERLOAD]" where functions
+        share a name)."""
         yield from _scopes("", self.graph)
-        for function in self.graph.functions:
-            yield from _scopes(f"function:{function.name}", function)
+        for function, path in zip(self.graph.functions, _function_paths(self.proto), strict=True):
+            yield from _scopes(path, function)
 
 
 def load(path: str | Path) -> Model:
@@ -141,6 +143,19 @@ def _pair(graph: gs.Graph, proto: GraphProto | onnx.FunctionProto, origin: dict[
         for attribute in original.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
                 _pair(node.attrs[attribute.name], attribute.g, origin)
+
+
+def _function_paths(proto: ModelProto) -> list[str]:
+    """Paths of the function bodies. nmonnx's own functions, which come with a conversion, change no other's path."""
+    count = Counter(f.name for f in proto.functions if f.domain != DOMAIN)
+    paths = []
+    for function in proto.functions:
+        parts = [function.name]
+        if count[function.name] + (function.domain == DOMAIN) > 1:
+            overload = getattr(function, "overload", "")  # onnx before 1.16 has none
+            parts = [function.domain, function.name, *([overload] if overload else [])]
+        paths.append(":".join(["function", *parts]))
+    return paths
 
 
 def _scopes(path: str, graph: gs.Graph) -> Iterator[tuple[str, gs.Graph]]:

@@ -12,9 +12,7 @@ from onnx import ModelProto, numpy_helper
 
 def model(text: str, opset: int = 17, ir: int = 8, **weights: np.ndarray) -> ModelProto:
     """A model from the text of its graph; each weight becomes an initializer."""
-    proto = onnx.parser.parse_model(
-        f'<ir_version: {ir}, opset_import: ["" : {opset}, "com.microsoft" : 1]>\n{text}'
-    )
+    proto = onnx.parser.parse_model(f'<ir_version: {ir}, opset_import: ["" : {opset}, "com.microsoft" : 1]>\n{text}')
     proto.graph.initializer.extend(numpy_helper.from_array(v, k) for k, v in weights.items())
     return proto
 

@@ -48,9 +48,13 @@ def test_the_make_targets_exist():
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
     for target in re.findall(r"^    make ([a-z]+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:.*##", makefile, re.MULTILINE)
-    assert shutil.which("make") is None or "list the targets" in subprocess.run(
-        ["make", "-s", "-C", str(Path(__file__).parents[1])], capture_output=True, text=True, check=True
-    ).stdout
+    assert (
+        shutil.which("make") is None
+        or "list the targets"
+        in subprocess.run(
+            ["make", "-s", "-C", str(Path(__file__).parents[1])], capture_output=True, text=True, check=True
+        ).stdout
+    )
 
 
 def test_the_python_example_runs(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from nmonnx.errors import InputError
 from nmonnx.feeds.make import check_array
 from nmonnx.feeds.sample import Feed
 from nmonnx.feeds.signature import Port, Signature
+from nmonnx.tensors import why
 
 
 def read_feeds(path: str | Path, sig: Signature) -> list[Feed]:
@@ -18,23 +20,27 @@ def read_feeds(path: str | Path, sig: Signature) -> list[Feed]:
     an array per file. Arrays are named as the graph's inputs. Raises InputError when a name, a type or a shape does
     not fit, or a file cannot be read."""
     path = Path(path)
-    if path.is_dir():
+    try:
+        if not path.is_dir():
+            path.stat()
+            return [Feed(path.stem, _fit(_load(path), sig, path))]
         archives, arrays = sorted(path.glob("*.npz")), sorted(path.glob("*.npy"))
-        if archives:
-            return [feed for archive in archives for feed in read_feeds(archive, sig)]
-        if arrays:
-            return [Feed(path.name, _fit({f.stem: _load(f) for f in arrays}, sig, path))]
-        raise InputError(f"{path} holds no .npz and no .npy file; save arrays with numpy.savez(file, input_ids=...)")
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
-    return [Feed(path.stem, _fit(_load(path), sig, path))]
+    except FileNotFoundError as e:
+        raise InputError(f"{path} does not exist") from e
+    except OSError as e:
+        raise InputError(f"{str(path)[:200]!r} cannot be read: {why(e)}") from e
+    if archives:
+        return [feed for archive in archives for feed in read_feeds(archive, sig)]
+    if arrays:
+        return [Feed(path.name, _fit({f.stem: _load(f) for f in arrays}, sig, path))]
+    raise InputError(f"{path} holds no .npz and no .npy file; save arrays with numpy.savez(file, input_ids=...)")
 
 
 def _load(path: Path):  # type: ignore[no-untyped-def]
     try:
         content = np.load(path, allow_pickle=False)
         return dict(content) if isinstance(content, np.lib.npyio.NpzFile) else content
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
         raise InputError(f"{path} is not a NumPy file without pickled objects: {e}") from e
 
 

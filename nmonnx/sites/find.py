@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from nmonnx.graph import DOMAIN, Model
-from nmonnx.sites.linear import Left, Linear, Product, Reader
+from nmonnx.sites.lift import Chain, Lifter
+from nmonnx.sites.linear import Left, Linear, Product, Reading
 from nmonnx.sites.quantised import QUANTISED
 from nmonnx.sites.roles import block_of, module_paths, role_of
 from nmonnx.sites.scope import Scope, domain_of, input_of, read_scopes
@@ -32,18 +34,18 @@ def find_sites(model: Model) -> Found:
     scopes = read_scopes(model)
     tracer = Tracer(model, scopes)
     products = infer(list(_products(model, tracer, scopes)))
-    ports = {id(p.node): p.reading for p in products if isinstance(p.reading, Linear)}
+    ports = {(id(p.node), p.reading.port): p.reading for p in products if isinstance(p.reading, Linear)}
     sites: list[Site] = []
     skipped: list[Skipped] = []
     for product in products:
-        splice = find_splice(tracer, product.scope, product.node, ports) if id(product.node) in ports else None
-        if isinstance(product.reading, Linear) and isinstance(splice, Splice):
-            sites.append(_site(product, product.reading, splice))
-            skipped.extend(_skipped(product, left, "/down") for left in product.reading.inner)
+        reading = product.reading
+        splice = reading if isinstance(reading, Left) else find_splice(tracer, product, reading, ports)
+        if isinstance(reading, Linear) and isinstance(splice, Splice):
+            sites.append(_site(product, reading, splice))
+            skipped.extend(_skipped(product, left, "/down") for left in reading.inner)
         else:
-            left = splice if isinstance(splice, Left) else product.reading
-            assert isinstance(left, Left)
-            skipped.append(_skipped(product, left))
+            assert isinstance(splice, Left)
+            skipped.append(_skipped(product, splice))
     return Found(tuple(sites), tuple(skipped))
 
 
@@ -61,17 +63,34 @@ def converted_with(model: Model) -> str | None:
 
 def _products(model: Model, tracer: Tracer, scopes: list[Scope]) -> Iterator[Product]:
     taken: set[str] = set()
+    read = partial(_read, tracer)
+    lifter = Lifter(tracer, read)
     for scope in scopes:
         for node in scope.graph.nodes:
-            reader = _READERS.get((domain_of(node), node.op))
-            if reader is None or not node.outputs:
-                continue
-            reading = _read(reader, tracer, scope, node)
-            if reading is not None:
-                yield _product(model, scope, node, _checked(node, reading), taken)
+            reading = read(scope, node) if not lifter.is_lifted(scope, (node,)) else None
+            layers = [] if reading is None else [((node,), _checked(node, reading))]
+            layers = layers or _of_call(lifter, scope, node)
+            for chain, layer in layers:
+                yield _product(model, scope, chain, layer, len(layers) == 1, taken)
 
 
-def _read(reader: Reader, tracer: Tracer, scope: Scope, node: gs.Node) -> Linear | Left | None:
+def _of_call(lifter: Lifter, scope: Scope, node: gs.Node) -> list[tuple[Chain, Linear | Left]]:
+    """The layers of a call. Those that share an input are pruned together, or not at all."""
+    layers = [(lifted, _checked(node, r)) for lifted, r in lifter.layers(scope, node) if r is not None]
+    left = {lifted.port: reading for lifted, reading in layers if isinstance(reading, Left)}
+    together = []
+    for lifted, reading in layers:
+        if isinstance(reading, Linear) and lifted.port in left:
+            reason = f"its call has another layer on this input, which is left: {left[lifted.port].reason}"
+            reading = Left(reason, k=reading.k, n=reading.n, initializer=reading.weight.name)
+        together.append(((node, *lifted.chain), reading))
+    return together
+
+
+def _read(tracer: Tracer, scope: Scope, node: gs.Node) -> Reading:
+    reader = _READERS.get((domain_of(node), node.op))
+    if reader is None or not node.outputs:
+        return None
     if has_caller_attributes(node):
         return Left("its attributes are set by the caller of the function")
     try:
@@ -80,15 +99,22 @@ def _read(reader: Reader, tracer: Tracer, scope: Scope, node: gs.Node) -> Linear
         return Left(f"its attribute {e} is missing", linear=False)
 
 
-def _product(model: Model, scope: Scope, node: gs.Node, reading: Linear | Left, taken: set[str]) -> Product:
-    own = node.name or node.outputs[0].name
+def _product(model: Model, scope: Scope, chain: Chain, reading: Linear | Left, alone: bool, taken: set[str]) -> Product:
+    """`chain`: the node, or a call and what leads to the layer inside; `alone`: it is the node's only layer."""
+    node, *inside = chain
+    own = _name(node) if alone else "/".join(_name(n) for n in chain)
     name = _unique(f"{scope.path}/{own}" if scope.path else own, taken)
     initializer = reading.weight.name if isinstance(reading, Linear) else reading.initializer
     modules = module_paths(model.props_of(node))
+    within = [text for n in inside for text in (_name(n), *module_paths(model.props_of(n)))]
     texts = tuple(dict.fromkeys(filter(None, (name, node.name, *modules, initializer))))
     names = (node.name, initializer, *modules, node.outputs[0].name)
-    role = reading.role or role_of(names)
+    role = reading.role or role_of((*names, *reversed(within)))
     return Product(name, scope, node, reading, texts, role, block_of((*names, scope.path)))
+
+
+def _name(node: gs.Node) -> str:
+    return node.name or node.outputs[0].name
 
 
 def _unique(name: str, taken: set[str]) -> str:

@@ -76,12 +76,11 @@ def read_scopes(model: Model) -> list[Scope]:
     protos: dict[int, Any] = {id(model.graph): model.proto.graph}
     parents: dict[int, Scope] = {}
     own: set[int] = set()
-    bodies = {(f.domain, f.name): f for f in model.proto.functions}
-    for function in model.graph.functions:
-        protos[id(function)] = bodies.get((function.domain, function.name))
+    for function, proto in zip(model.graph.functions, model.proto.functions, strict=True):
+        protos[id(function)] = proto
         own |= {id(function)} if function.domain == DOMAIN else set()
     for path, graph in model.scopes():
-        if id(graph) in own or protos.get(id(graph)) is None:
+        if id(graph) in own or id(graph) not in protos:
             continue
         scope = _scope(path, graph, protos[id(graph)], parents.get(id(graph)), model.proto.ir_version)
         scopes.append(scope)

@@ -31,7 +31,7 @@ def select(
     1. Without `include` every site is chosen but lm_head, unless `lm_head`.
     2. With `include` those it matches are; lm_head only by a selector that matches nothing else, or `lm_head`.
     3. `exclude` wins.
-    4. Sites behind one quantiser go together: if one of them is left, all are.
+    4. Sites behind one quantiser, or on one input of a call, go together: if one of them is left, all are.
 
     Raises UsageError for a selector that matches no linear layer, or that cannot be read.
     """
@@ -100,17 +100,18 @@ def _reason(site: Site, include: list[_Selector], exclude: list[_Selector], lm_h
 
 
 def _together(sites: tuple[Site, ...], reasons: list[str]) -> list[str]:
-    dense = {
-        id(site.splice[0][0]): site
-        for site, reason in zip(sites, reasons, strict=True)
-        if reason and site.splice[0][0] is not site.node
-    }
+    dense = {_spliced(site): site for site, reason in zip(sites, reasons, strict=True) if reason}
 
     def reason_of(site: Site, reason: str) -> str:
-        other = dense.get(id(site.splice[0][0]))
-        return reason or (f"shares its quantiser with {other.name!r}, which is left" if other else "")
+        other, shared = dense.get(_spliced(site)), "call" if site.splice[0][0] is site.node else "quantiser"
+        return reason or (f"shares its {shared} with {other.name!r}, which is left" if other else "")
 
     return [reason_of(site, reason) for site, reason in zip(sites, reasons, strict=True)]
+
+
+def _spliced(site: Site) -> tuple[int, int]:
+    node, index = site.splice[0]
+    return id(node), index
 
 
 def _left(site: Site, reason: str) -> Skipped:

@@ -39,7 +39,7 @@ class Site:
 
     name          unique in the model and stable between calls
     scope, graph  where `node` lies: path ("" for the main graph) and graph or function
-    node          the linear layer itself
+    node          the linear layer itself, or the call of the function that it is; `op` is its operator or function
     splice        inputs (consumer node, input index) that shall read the pruned tensor instead of `activation`:
                   the node's own, or the quantiser's in front of it; `splice_graph` holds those consumers
     activation    the dense floating-point tensor to prune; its last axis has the `k` channels

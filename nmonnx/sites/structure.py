@@ -7,7 +7,7 @@ Walks go forward from a linear layer, stop at the next one, and are short, so th
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -39,7 +39,8 @@ def infer(products: list[Product]) -> list[Product]:
         by_scope.setdefault(id(product.scope), []).append(product)
     told: dict[int, tuple[str | None, int | None]] = {}
     for members in by_scope.values():
-        linears = [p for p in members if isinstance(p.reading, Linear)]
+        layers = Counter(id(p.node) for p in members)  # a call may hold several; only their names tell those apart
+        linears = [p for p in members if isinstance(p.reading, Linear) and layers[id(p.node)] == 1]
         if any(p.role is None or (p.block is None and p.role != "lm_head") for p in linears):
             told |= _Structure(members[0].scope, linears).read()
     return [replace(p, role=t[0], block=t[1]) if (t := told.get(id(p.node))) else p for p in products]

@@ -15,6 +15,7 @@ from onnx import SparseTensorProto, TensorProto
 
 from nmonnx.errors import InputError
 from nmonnx.graph import Model
+from nmonnx.sites.calls import Calls
 from nmonnx.sites.constant import Constant, NotConstant, Stored, stored_constant
 from nmonnx.sites.operators import FOLLOWED
 from nmonnx.sites.scope import Definition, Formal, Overridable, Scope, domain_of, input_of
@@ -30,13 +31,7 @@ class Tracer:
         self.model = model
         self._known: dict[tuple[int, str], Constant | NotConstant] = {}
         self._fixed: dict[int, set[str]] = {}
-        self._bodies = {(s.graph.domain, s.graph.name): s for s in scopes if isinstance(s.graph, gs.Function)}
-        self._calls: dict[int, list[tuple[Scope, gs.Node]]] = {}
-        for scope in scopes:
-            for node in scope.graph.nodes:
-                body = self._bodies.get((node.domain or "", node.op))
-                if body is not None:
-                    self._calls.setdefault(id(body), []).append((scope, node))
+        self.calls = Calls(model, scopes)
 
     def trace(self, scope: Scope, tensor: gs.Tensor | None, depth: int = 0) -> Constant | NotConstant:
         """The constant behind `tensor` as seen from `scope`."""
@@ -80,14 +75,13 @@ class Tracer:
         return operator(self, scope, node, depth + 1)
 
     def _argument(self, scope: Scope, tensor: gs.Tensor, index: int, depth: int) -> Constant | NotConstant:
-        calls = [call for call in self._calls.get(id(scope), []) if self._is_run(call[0])]
-        given = [self.trace(caller, input_of(node, index), depth + 1) for caller, node in calls]
+        given = [self.trace(caller, input_of(node, index), depth + 1) for caller, node in self.calls.of(scope)]
         constants = [c for c in given if isinstance(c, Constant)]
         if not constants or len(constants) < len(given):
             return NotConstant("its weight is an input of the graph or function")
         first = constants[0]
         if any((c.shape, c.elem) != (first.shape, first.elem) for c in constants):
-            return NotConstant("calls of its function bring weights of different shapes")
+            return NotConstant("calls of its function bring weights of different shapes", fixed=True)
         same = all(c.stored and first.stored and c.stored.proto is first.stored.proto for c in constants)
         direct = first.stored is not None and not first.stored.transposed and first.stored.elem == first.elem
         proto = first.stored.proto if first.stored and same and direct else None
@@ -101,12 +95,6 @@ class Tracer:
             next((c.blocked for c in constants if c.blocked), ""),
             first.quantised,
         )
-
-    def _is_run(self, scope: Scope) -> bool:
-        """False inside a function that nothing calls."""
-        while scope.parent is not None:
-            scope = scope.parent
-        return not scope.is_function or any(self._is_run(caller) for caller, _ in self._calls.get(id(scope), []))
 
     def _fixed_names(self, scope: Scope) -> set[str]:
         """Names of this scope that depend on constants alone."""
