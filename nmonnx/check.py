@@ -1,6 +1,6 @@
 """What ONNX Runtime refuses in a model, found before any work and said in one sentence that names the culprit.
 
-Names and versions are here, operators and their types in `nmonnx.check_operators`. What is not certain to be refused
+Names and versions are here, operators and their operands in `nmonnx.check_operators`. What is not certain to be refused
 passes: a valid model is never turned away.
 """
 
@@ -32,7 +32,7 @@ def check_readable(proto: ModelProto, path: Path) -> None:
 
 def check_runnable(proto: ModelProto, path: Path) -> None:
     """Raise InputError for a readable model that ONNX Runtime would not load all the same, as far as it shows without
-    weights: names that nothing defines, unknown operators, operands whose types or channels do not fit."""
+    weights: names that nothing defines, unknown operators, operands whose channels do not fit."""
     _check_reads(proto.graph, [], str(path))
     called = list(_called_functions(proto))
     for function in called:

@@ -78,3 +78,18 @@ def test_files_that_are_no_arrays_are_refused(toy, tmp_path):
     for name in ("text.npz", "objects.npz", "single.npy", "empty", "missing.npz"):
         with pytest.raises(InputError, match=name.split(".")[0]):
             read_feeds(tmp_path / name, toy)
+
+
+def test_a_name_that_no_file_can_have_is_refused(toy, tmp_path):
+    with pytest.raises(InputError, match="cannot be read: File name too long"):
+        read_feeds(tmp_path / ("x" * 300), toy)
+
+
+def test_a_damaged_archive_is_named(toy, tmp_path):
+    path = tmp_path / "f.npz"
+    np.savez_compressed(path, input_ids=np.arange(4096))
+    content = bytearray(path.read_bytes())
+    content[200:400] = b"\xff" * 200
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"f\.npz"):
+        read_feeds(path, toy)
