@@ -52,7 +52,8 @@ def main() -> None:
         if debug:
             raise
         code, words = _explain(e)
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"nmonnx: {words}", markup=False)
+        if words:
+            Console(stderr=True, soft_wrap=True, highlight=False).print(f"nmonnx: {words}", markup=False)
         sys.exit(code)
 
 
@@ -61,7 +62,7 @@ def _explain(error: Exception) -> tuple[int, str]:
         return error.exit_code, f"error: {error}"
     usage = getattr(error, "format_message", None)  # click's own errors, whichever click typer brings
     if usage is not None:
-        return 2, f"error: {usage()} (--help shows the usage)"
+        return 2, f"error: {usage()} (--help shows the usage)" if usage() else ""  # no words: the help was shown
     if isinstance(error, UnicodeError):
         return 2, "error: an argument is not valid UTF-8; rename the file or retype the text"
     if isinstance(error, MemoryError):

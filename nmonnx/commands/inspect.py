@@ -75,7 +75,7 @@ def _record(site: Site) -> dict[str, Any]:
 def _by_role(found: Found) -> Table:
     groups = Counter((s.role, s.op, s.k, s.n, "NMMatMul" if s.fusable is not None else "NMPrune") for s in found.sites)
     rows = [(role, count, op, k, n, kernel) for (role, op, k, n, kernel), count in groups.items()]
-    return table("Layers that can be pruned", ("role", "layers", "op", "K", "N", "becomes"), rows)
+    return table("Layers that can be pruned", ("role", "layers", "op", "K", "N", "can become"), rows)
 
 
 def _reasons(found: Found) -> Table:
@@ -90,7 +90,7 @@ def _each(found: Found) -> Table:
         for s in found.sites
     ]
     rows += [(s.name, s.op, s.role, _dash(s.block), _dash(s.k), _dash(s.n), f"left: {s.reason}") for s in found.skipped]
-    return table("Layers", ("layer", "op", "role", "block", "K", "N", "becomes"), rows)
+    return table("Layers", ("layer", "op", "role", "block", "K", "N", "can become"), rows)
 
 
 def _dash(value: int | None) -> str:
