@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -98,6 +99,10 @@ def validation(done: Validation, verbose: bool = False) -> Report:
     failed = [c for c in done.checks if not c.passed]
     words = [f"{len(done.checks)} checks on {', '.join(done.feeds) or 'the files alone'}: " + _verdict(len(failed))]
     words += [f"Not measured: {what}: {why}." for what, why in done.skipped]
+    unseen = Counter(s.note for s in done.sites if s.status == "pruned" and s.kept_energy is None)
+    words += [
+        f"Not measured: {count} pruned layers: {note or 'no feed reached them'}." for note, count in unseen.items()
+    ]
     checks = table("Checks", ("check", "measured", "limit", "", "detail"), done.rows())
     columns = ("layer", "role", "pattern", "kernel", "kept energy", "density", "error", "propagated", "note")
     sites = table("Layers" if verbose else "Layers that keep least energy", columns, _sites(done, verbose))
