@@ -12,7 +12,7 @@ from nmonnx.graph import Model, load
 from nmonnx.passes import PassResult, pipeline, run
 from nmonnx.recipe import Recipe
 from nmonnx.save import save
-from nmonnx.sites import Found, Selection, converted_with, find_sites, select
+from nmonnx.sites import AT_RUN_TIME, Found, Selection, converted_with, find_sites, select
 
 SIDECARS = (
     "config.json",
@@ -24,6 +24,19 @@ SIDECARS = (
     "chat_template.jinja",
 )
 """Files that a runtime looks for beside a model; they go along when the model is written to another folder."""
+
+
+_INLINE = "inline the functions first (onnx.inliner.inline_local_functions)"
+_FIXES = {
+    "BFLOAT16": "export in fp32 or fp16",
+    "on the left": "export the layer as x @ W",
+    "1x1 convolution": "export the layer as a MatMul or Gemm",
+    "also a graph input": "take the weights off the list of graph inputs",
+    "calls of its function": _INLINE,
+    "by the caller of the function": _INLINE,
+    "input of the graph or function": "export with the weights as initializers",
+}
+"""What mends a reason: a word of it, and the way."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +91,25 @@ def _recipe_in(model: Model) -> str:
 def _refuse_nothing(path: Path, found: Found, selection: Selection) -> None:
     if selection.chosen:
         return
+    others = {s.reason for s in found.skipped if not s.linear and "weight" in s.reason} - {AT_RUN_TIME}
+    seen = f"; of other products: {_mended(others)}" if others else ""
     linears = [s for s in selection.left if s.linear]
-    if not linears and not found.sites:
-        raise UsageError(f"{path}: no linear layer with a constant weight was found, so there is nothing to prune")
-    reasons = sorted({s.reason for s in linears})
-    raise UsageError(f"{path}: nothing to prune, all {len(linears)} linear layers are left: {'; '.join(reasons[:3])}")
+    if not linears:
+        raise UsageError(
+            f"{path}: no linear layer with a constant weight was found, so there is nothing to prune{seen}"
+        )
+    reasons = _mended({s.reason for s in linears})
+    raise UsageError(f"{path}: nothing to prune, all {len(linears)} linear layers are left: {reasons}{seen}")
+
+
+def _mended(reasons: set[str]) -> str:
+    """The reasons, with what to do about them."""
+
+    def mended(reason: str) -> str:
+        fix = next((fix for word, fix in _FIXES.items() if word in reason), "")
+        return f"{reason} ({fix})" if fix else reason
+
+    return "; ".join(mended(reason) for reason in sorted(reasons)[:3])
 
 
 def _sidecars(source: Path, out: Path) -> dict[str, bytes]:

@@ -242,48 +242,6 @@ def test_weights_captured_from_the_graph_around_are_found(tmp_path: Path) -> Non
     assert [(s.k, s.n, s.initializer) for s in sites] == [(8, 6, "w")] * 2
 
 
-@pytest.mark.parametrize(
-    ("calls", "weights", "expected"),
-    [
-        ("y = local.F(x, w)", {"w": (8, 6)}, ("site", True)),
-        ("h = local.F(x, w) y = local.F(h, w)", {"w": (8, 8)}, ("calls", ["h", "y"])),
-        ("h = local.F(x, w) y = local.F(h, v)", {"w": (8, 8), "v": (8, 8)}, ("calls", ["h", "y"])),
-        ("v = Transpose(w) y = local.F(x, v)", {"w": (6, 8)}, ("site", False)),
-        ("h = local.F(x, w) y = local.F(h, v)", {"w": (8, 6), "v": (6, 8)}, ("calls", ["h", "y"])),
-        ("h = local.F(x, w) y = local.F(x, h)", {"w": (8, 8)}, ("calls", ["h"])),
-        ("y = local.G(x, w)", {"w": (8, 6)}, ("site", True)),
-    ],
-    ids=["one call", "one weight twice", "two weights", "transposed outside", "shapes", "activation", "nested"],
-)
-def test_weights_that_come_into_a_function_are_resolved_through_its_calls(
-    tmp_path: Path, calls: str, weights: dict[str, tuple[int, ...]], expected: tuple[str, object]
-) -> None:
-    functions = """
-<domain: "local", opset_import: ["" : 20]> F (a, b) => (c) { c = MatMul(a, b) }
-<domain: "local", opset_import: ["" : 20, "local" : 1]> G (a, b) => (c) { c = F(a, b) }"""
-    values = {k: matrix(*s) for k, s in weights.items()}
-    found = find_sites(parse(tmp_path, body(calls) + functions.replace("= F(", "= local.F("), values))
-    kind, detail = expected
-    if kind == "calls":  # called more than once, each call is a layer of its own, pruned in front of the call
-        assert [s.output for s in found.sites] == detail
-        assert all(s.scope == "" and s.fusable is None for s in found.sites)
-        return
-    (site,) = found.sites
-    assert site.scope == "function:F" and site.name.startswith("function:F/")
-    assert site.fusable is not None and site.fusable.tensor is site.node.inputs[1]
-    assert (site.fusable.proto is not None) is detail
-
-
-def test_each_call_of_a_function_has_the_weight_that_it_brings(tmp_path: Path) -> None:
-    text = body("h = local.F(x, w) y = local.F(h, v)") + (
-        '\n<domain: "local", opset_import: ["" : 20]> F (a, b) => (c) { c = MatMul(a, b) }'
-    )
-    brought = {"w": matrix(8, 8), "v": matrix(8, 8) + 1}
-    sites = find_sites(parse(tmp_path, text, brought)).sites
-    for site, values in zip(sites, brought.values(), strict=True):
-        np.testing.assert_array_equal(site.weight(), values)
-
-
 def test_a_weight_constant_inside_a_function_is_found(tmp_path: Path) -> None:
     text = body("y = local.F(x)") + (
         '\n<domain: "local", opset_import: ["" : 20]> F (a) => (c)'
@@ -383,11 +341,3 @@ def _model(nodes: list[onnx.NodeProto]) -> onnx.ModelProto:
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
     graph = helper.make_graph(nodes, "g", [x], [y])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
-
-
-def test_a_layer_whose_attributes_its_function_takes_from_the_call_is_left_alone(tmp_path: Path) -> None:
-    text = body("y = local.F<turn = 1>(x, w)") + (
-        '\n<domain: "local", opset_import: ["" : 20]> F <turn> (a, b) => (c) { c = Gemm<transB: int = @turn>(a, b) }'
-    )
-    skipped = left(parse(tmp_path, text, {"w": matrix(6, 8)}))
-    assert skipped.linear and "set by the caller" in skipped.reason

@@ -4,11 +4,13 @@ find_sites(model) -> Found       what is there, and why the rest is left alone
 select(found, ...) -> Selection  what the user's selectors choose
 """
 
+from nmonnx.sites.constant import AT_RUN_TIME
 from nmonnx.sites.find import converted_with, find_sites
 from nmonnx.sites.select import Selection, select
 from nmonnx.sites.site import ROLES, Found, FusableWeight, Site, Skipped
 
 __all__ = [
+    "AT_RUN_TIME",
     "ROLES",
     "Found",
     "FusableWeight",

@@ -48,6 +48,10 @@ class Constant:
         return replace(self, shape=shape, read=lambda: step(read()), stored=None, indirect=self.indirect or reason)
 
 
+AT_RUN_TIME = "its weight is made at run time"
+"""Why most products that are no linear layer are none: those of attention."""
+
+
 @dataclass(frozen=True)
 class NotConstant:
     """`fixed`: made of constants only, in a way that is not followed."""

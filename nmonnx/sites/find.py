@@ -91,10 +91,11 @@ def _read(tracer: Tracer, scope: Scope, node: gs.Node) -> Reading:
     reader = _READERS.get((domain_of(node), node.op))
     if reader is None or not node.outputs:
         return None
-    if has_caller_attributes(node):
+    filled = tracer.calls.with_attributes(scope, node)
+    if filled is None or has_caller_attributes(filled):
         return Left("its attributes are set by the caller of the function")
     try:
-        return reader(tracer, scope, node)
+        return reader(tracer, scope, filled)
     except KeyError as e:
         return Left(f"its attribute {e} is missing", linear=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import onnx_graphsurgeon as gs
 
@@ -12,7 +13,7 @@ from nmonnx.sites.scope import Formal, Scope, Use
 from nmonnx.sites.trace import Tracer
 
 MOST = 256
-"""Layers lifted out of one body; bounds the work on functions that call functions that call functions."""
+"""Layers lifted out of one body; and runs of a body looked at; bounds the work on functions that call functions."""
 
 Chain = tuple[gs.Node, ...]
 """A linear layer seen from outside: the calls that lead to it, and the layer at the end."""
@@ -81,16 +82,22 @@ class Lifter:
         return tuple(lifted) if len(lifted) <= MOST else ()
 
     def _linears(self, body: Scope) -> Iterator[tuple[Chain, int]]:
-        """The linear layers of a body, as the first call sees them to which they are one, with their activation's
-        input of the first node of the chain."""
+        """The linear layers of a body, as the first run sees them to which they are one, each with the input of the
+        chain's first node that holds the activation."""
+        views = list(islice(self._views(body), MOST))
         for node in body.graph.nodes:
             chains = [(node, *lifted.chain) for lifted in self._of_call(node)] or [(node,)]
             for chain in chains:
-                views = (self._calls.view(body, call) for call in self._calls.of(body))
                 readings = (self._along(view, chain) for view in views)
                 first = next((r for r in readings if isinstance(r, Linear) or r is None), None)
                 if isinstance(first, Linear) and not first.codes:
                     yield chain, first.port
+
+    def _views(self, body: Scope) -> Iterator[Scope]:
+        """The body as each of its runs sees it."""
+        for scope, node in self._calls.of(body):
+            for caller in self._views(scope) if scope.is_function else (scope,):
+                yield self._calls.view(body, (caller, node))
 
     def _is_brought(self, body: Scope, chain: Chain) -> bool:
         """Without a call there is no weight."""

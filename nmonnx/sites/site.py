@@ -22,7 +22,7 @@ class FusableWeight:
     tensor      the stored tensor: initializer, output of a Constant node, or input of a function body
     elem        FLOAT or FLOAT16, as stored
     transposed  stored as [N, K]: to be repacked to [K, N]
-    proto       the stored tensor's values; None when there is not exactly one (a function's input)
+    proto       the stored tensor's values; None for the input of a function body
     bias        tensor of shape [N] or [1, N] to add, when the node adds one
     """
 

@@ -16,7 +16,7 @@ from onnx import SparseTensorProto, TensorProto
 from nmonnx.errors import InputError
 from nmonnx.graph import Model
 from nmonnx.sites.calls import Calls
-from nmonnx.sites.constant import Constant, NotConstant, Stored, stored_constant
+from nmonnx.sites.constant import AT_RUN_TIME, Constant, NotConstant, Stored, stored_constant
 from nmonnx.sites.operators import FOLLOWED
 from nmonnx.sites.scope import Definition, Formal, Overridable, Scope, domain_of, input_of
 
@@ -37,7 +37,7 @@ class Tracer:
         """The constant behind `tensor` as seen from `scope`."""
         found = scope.find(tensor.name) if tensor is not None else None
         if tensor is None or found is None:
-            return NotConstant("its weight is made at run time")
+            return NotConstant(AT_RUN_TIME)
         home, definition = found
         key = (id(home), tensor.name)
         if key not in self._known:
@@ -71,26 +71,26 @@ class Tracer:
                 return NotConstant(
                     f"its weight is computed by {node.op} from constants; fold the constants first", fixed=True
                 )
-            return NotConstant("its weight is made at run time")
+            return NotConstant(AT_RUN_TIME)
         return operator(self, scope, node, depth + 1)
 
     def _argument(self, scope: Scope, tensor: gs.Tensor, index: int, depth: int) -> Constant | NotConstant:
         given = [self.trace(caller, input_of(node, index), depth + 1) for caller, node in self.calls.of(scope)]
         constants = [c for c in given if isinstance(c, Constant)]
+        if given and all(g == given[0] for g in given) and isinstance(given[0], NotConstant):
+            return given[0]
         if not constants or len(constants) < len(given):
             return NotConstant("its weight is an input of the graph or function")
         first = constants[0]
         if any((c.shape, c.elem) != (first.shape, first.elem) for c in constants):
             return NotConstant("calls of its function bring weights of different shapes", fixed=True)
-        same = all(c.stored and first.stored and c.stored.proto is first.stored.proto for c in constants)
-        direct = first.stored is not None and not first.stored.transposed and first.stored.elem == first.elem
-        proto = first.stored.proto if first.stored and same and direct else None
+        same = all(c is first or _is_same(c.stored, first.stored) for c in constants)
         return Constant(
             first.shape,
             first.elem,
             first.read if same else _several(tensor.name, scope.graph.name, len(constants)),
             first.name if same else tensor.name,
-            Stored(tensor, first.elem, False, proto) if not first.quantised else None,
+            Stored(tensor, first.elem, False, None) if not first.quantised else None,
             next((c.indirect for c in constants if c.quantised), ""),
             next((c.blocked for c in constants if c.blocked), ""),
             first.quantised,
@@ -108,6 +108,10 @@ class Tracer:
 def has_caller_attributes(node: gs.Node) -> bool:
     """Inside a function body, an attribute may be a reference to an attribute of the call."""
     return any(isinstance(value, gs.Node.AttributeRef) for value in node.attrs.values())
+
+
+def _is_same(a: Stored | None, b: Stored | None) -> bool:
+    return a is not None and b is not None and a.tensor is b.tensor and a.transposed == b.transposed
 
 
 def _several(name: str, function: str, count: int) -> Callable[[], np.ndarray]:
