@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from nmonnx.digest import file_sha256
 from nmonnx.errors import InputError, UsageError
 from nmonnx.graph import Model, load
 from nmonnx.passes import PassResult, pipeline, run
 from nmonnx.recipe import Recipe
 from nmonnx.save import save
 from nmonnx.sites import AT_RUN_TIME, Found, Selection, converted_with, find_sites, select
+from nmonnx.treatment import Plan, plan
+
+if TYPE_CHECKING:
+    from nmonnx.sensitivity import Sensitivity
+    from nmonnx.stats import Stats
 
 SIDECARS = (
     "config.json",
@@ -47,17 +55,25 @@ class Conversion:
     recipe: Recipe
     found: Found
     selection: Selection
+    plan: Plan
     passes: tuple[PassResult, ...]
     records: tuple[dict, ...]
     out: Path | None
 
 
-def convert(source: str | Path, out: str | Path | None, recipe: Recipe, overwrite: bool = False) -> Conversion:
+def convert(
+    source: str | Path,
+    out: str | Path | None,
+    recipe: Recipe,
+    overwrite: bool = False,
+    stats: Stats | None = None,
+    sensitivity: Sensitivity | None = None,
+) -> Conversion:
     """Write a copy of the model at `source` to `out` whose chosen linear layers prune their input. With `out` None
-    nothing is written.
+    nothing is written. `stats` and `sensitivity` are what `recipe.needs` asks for, measured on `source`.
 
-    Raises InputError when the source is not a usable model, UsageError when the recipe does not fit it or a file is
-    in the way, ModelError when writing fails.
+    Raises InputError when the source is not a usable model, UsageError when the recipe does not fit it, when what it
+    needs is missing or comes from another model, or a file is in the way, ModelError when writing fails.
     """
     model = load(source)
     earlier = converted_with(model) or _recipe_in(model)
@@ -66,10 +82,12 @@ def convert(source: str | Path, out: str | Path | None, recipe: Recipe, overwrit
     found = find_sites(model)
     selection = select(found, recipe.include, recipe.exclude, recipe.lm_head)
     _refuse_nothing(model.path, found, selection)
-    results = run(pipeline(recipe, selection.left), model, selection.chosen)
+    _refuse_foreign(model.path, {"statistics": stats, "sensitivity": sensitivity})
+    planned = plan(recipe, found, selection.chosen, stats, sensitivity)
+    results = run(pipeline(recipe, planned, selection.left), model, selection.chosen)
     records = tuple(json.loads(model.metadata["nmonnx.sites"]))
     written = save(model, out, overwrite, _sidecars(model.path, Path(out))) if out is not None else None
-    return Conversion(Path(source), recipe, found, selection, tuple(results), records, written)
+    return Conversion(Path(source), recipe, found, selection, planned, tuple(results), records, written)
 
 
 def converted_records(model: Model) -> list[dict] | None:
@@ -100,6 +118,14 @@ def _refuse_nothing(path: Path, found: Found, selection: Selection) -> None:
         )
     reasons = _mended({s.reason for s in linears})
     raise UsageError(f"{path}: nothing to prune, all {len(linears)} linear layers are left: {reasons}{seen}")
+
+
+def _refuse_foreign(path: Path, measured: Mapping[str, Stats | Sensitivity | None]) -> None:
+    for what, given in measured.items():
+        if given is not None and given.source != file_sha256(path):
+            raise UsageError(
+                f"the {what} were measured on a model with SHA-256 {given.source[:12]}..., not on {path}; measure again"
+            )
 
 
 def _mended(reasons: set[str]) -> str:

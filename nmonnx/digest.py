@@ -1,9 +1,11 @@
-"""SHA-256 of a file, streamed."""
+"""SHA-256 of files, streamed, and of arrays."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+
+import numpy as np
 
 
 def file_sha256(path: Path) -> str:
@@ -12,3 +14,9 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def array_sha256(values: np.ndarray) -> str:
+    """Of the type, the shape and the bytes of an array."""
+    head = f"{values.dtype.str}{list(values.shape)}".encode()
+    return hashlib.sha256(head + np.ascontiguousarray(values).tobytes()).hexdigest()

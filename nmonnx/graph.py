@@ -52,6 +52,7 @@ class Model:
     metadata  entries to add to the model's metadata_props
     notes     metadata_props that passes add to nodes, by id(gs node)
     heirs     for a node that took the place of an original one: that one, whose metadata and doc string go on
+    declared  new constants that do something: name -> {input of the op, sha256 of the values, tensor that it replaces}
     shapeless tensors whose recorded shape is dropped, because something now computes with it
     """
 
@@ -65,6 +66,7 @@ class Model:
     metadata: dict[str, str] = field(default_factory=dict)
     notes: dict[int, dict[str, str]] = field(default_factory=dict)
     heirs: dict[int, NodeProto] = field(default_factory=dict)
+    declared: dict[str, dict[str, str]] = field(default_factory=dict)
     shapeless: set[str] = field(default_factory=set)
     origin: dict[int, NodeProto] = field(default_factory=dict)
 

@@ -9,13 +9,28 @@ from typing import Any
 
 import yaml
 
+from nmonnx.criteria import CALIBRATED, CRITERIA
 from nmonnx.errors import InputError, UsageError
 from nmonnx.pattern import Pattern
 
 KERNELS = ("auto", "prune", "fused")
 FALLBACKS = ("function", "none")
+SHARES = ("joint", "separate")
+ORDERS = ("none", "deal")
+MITIGATIONS = ("s-pts", "s-pts-scalar")
+ALLOCATIONS = ("uniform", "forward")
 DEFAULT_PATTERN = Pattern(8, 16)
 SCHEMA_VERSION = 1
+
+
+_WORDS = {
+    "criterion": tuple(CRITERIA),
+    "share": SHARES,
+    "order": ORDERS,
+    "allocate": ALLOCATIONS,
+    "kernel": KERNELS,
+    "fallback": FALLBACKS,
+}
 
 
 @dataclass(frozen=True)
@@ -24,6 +39,15 @@ class Recipe:
     include   selectors of the layers to prune; empty: every one but lm_head
     exclude   selectors of layers to leave dense
     lm_head   prune lm_head too
+    criterion what makes a channel worth keeping, see `nmonnx.criteria`; or the path of an .npz with a vector [K] for
+              each layer
+    share     "joint": layers that read one activation share one prune, with a joint criterion; "separate": one each
+    order     "deal": cut the groups of each layer along its channels dealt by calibrated rms; "none": as they lie
+    mitigations corrections folded into constants: "s-pts" (shift by the calibrated mean of each channel),
+              "s-pts-scalar" (by the mean over tokens of their median)
+    allocate  "forward": a kept N for each layer, from its measured sensitivity, at the weight bytes of `pattern`;
+              "uniform": the same N everywhere
+    patterns  selector -> pattern of the layers that it matches, the last one wins; others have `pattern`
     kernel    "auto": prune and multiply in one op where that pays; "fused": wherever it can be done;
               "prune": prune only, the linear layers stay as they are
     fallback  "function": embed the ops as model-local functions of stock ops, so that the file runs without
@@ -34,17 +58,44 @@ class Recipe:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     lm_head: bool = False
+    criterion: str = "act"
+    share: str = "joint"
+    order: str = "none"
+    mitigations: tuple[str, ...] = ()
+    allocate: str = "uniform"
+    patterns: tuple[tuple[str, Pattern], ...] = ()
     kernel: str = "auto"
     fallback: str = "function"
 
     def __post_init__(self) -> None:
-        if self.kernel not in KERNELS:
-            raise UsageError(f"kernel {self.kernel!r} is not one of {', '.join(KERNELS)}")
-        if self.fallback not in FALLBACKS:
-            raise UsageError(f"fallback {self.fallback!r} is not one of {', '.join(FALLBACKS)}")
+        for key, known in _WORDS.items():
+            value = getattr(self, key)
+            if value not in known and not (key == "criterion" and value.endswith(".npz")):
+                also = " or an .npz file" if key == "criterion" else ""
+                raise UsageError(f"{key} {value!r} is not one of {', '.join(known)}{also}")
+        unknown = [m for m in self.mitigations if m not in MITIGATIONS]
+        if unknown:
+            raise UsageError(f"mitigation {unknown[0]!r} is not one of {', '.join(MITIGATIONS)}")
+        if {"s-pts", "s-pts-scalar"} <= set(self.mitigations):
+            raise UsageError("mitigations s-pts and s-pts-scalar are two choices of one shift; give one of them")
+        if self.mitigations and self.kernel == "prune":
+            raise UsageError(
+                "mitigation s-pts needs a bias to fold into, which kernel prune has not; use auto"
+            )
+        if self.patterns and self.allocate != "uniform":
+            raise UsageError("patterns for single layers and an allocation exclude each other; give one of them")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What must be measured on the model first: "stats", "sensitivity"."""
+        stats = self.order != "none" or self.allocate != "uniform" or self.criterion in CALIBRATED
+        stats = stats or bool(self.mitigations)
+        return ("stats",) * stats + ("sensitivity",) * (self.allocate == "forward")
 
     def to_json(self) -> str:
-        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self), "pattern": str(self.pattern)})
+        patterns = {selector: str(pattern) for selector, pattern in self.patterns}
+        own = {"pattern": str(self.pattern), "patterns": patterns}
+        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self), **own})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -73,11 +124,15 @@ def _value(key: str, value: object, where: str) -> Any:
     """A value of a recipe in its proper type. Raises UsageError when it has another."""
     if key == "pattern":
         return Pattern.parse(_pattern_text(value))
-    if key in ("include", "exclude"):
+    if key in ("include", "exclude", "mitigations"):
         selectors = [value] if isinstance(value, str) else value
         if not isinstance(selectors, (list, tuple)) or not all(isinstance(s, str) and s for s in selectors):
-            raise UsageError(f"{where}: {key} must be a selector or a list of selectors, not {value!r}")
+            raise UsageError(f"{where}: {key} must be a word or a list of words, not {value!r}")
         return tuple(selectors)
+    if key == "patterns":
+        if not isinstance(value, dict) or not all(isinstance(selector, str) for selector in value):
+            raise UsageError(f"{where}: patterns must map selectors to patterns, such as 'down: 12:16', not {value!r}")
+        return tuple((selector, Pattern.parse(_pattern_text(text))) for selector, text in value.items())
     expected = bool if key == "lm_head" else str
     if not isinstance(value, expected):
         raise UsageError(f"{where}: {key} must be {'true or false' if expected is bool else 'a word'}, not {value!r}")

@@ -11,14 +11,16 @@ from typing import Protocol
 
 from nmonnx.graph import Model
 from nmonnx.passes.emit_functions import EmitFunctions
+from nmonnx.passes.fold_shift import FoldShift
 from nmonnx.passes.fuse_matmul import FuseMatMul
 from nmonnx.passes.insert_prune import InsertPrune
 from nmonnx.passes.result import PassResult
 from nmonnx.passes.stamp import Stamp
 from nmonnx.recipe import Recipe
 from nmonnx.sites import Site, Skipped
+from nmonnx.treatment import Plan
 
-__all__ = ["EmitFunctions", "FuseMatMul", "InsertPrune", "Pass", "PassResult", "Stamp", "pipeline", "run"]
+__all__ = ["EmitFunctions", "FoldShift", "FuseMatMul", "InsertPrune", "Pass", "PassResult", "Stamp", "pipeline", "run"]
 
 
 class Pass(Protocol):
@@ -34,11 +36,13 @@ class Pass(Protocol):
     def apply(self, model: Model, sites: Sequence[Site]) -> PassResult: ...
 
 
-def pipeline(recipe: Recipe, left: Sequence[Skipped] = ()) -> tuple[Pass, ...]:
-    """What `convert` runs, in order. `left` are the linear layers that stay dense, for the record."""
+def pipeline(recipe: Recipe, plan: Plan, left: Sequence[Skipped] = ()) -> tuple[Pass, ...]:
+    """What `convert` runs, in order. `plan` says how each layer is pruned; `left` are the linear layers that stay
+    dense, for the record."""
     return (
-        InsertPrune(recipe.pattern),
+        InsertPrune(plan.treatments),
         FuseMatMul(recipe.kernel),
+        FoldShift(),
         EmitFunctions(recipe.fallback),
         Stamp(recipe, tuple(left)),
     )

@@ -10,12 +10,12 @@ import numpy as np
 import onnx
 import onnx.parser
 import onnx_graphsurgeon as gs
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
 from nmonnx.graph import DOMAIN, Model
 from nmonnx.passes.bodies import CRITERION, Body, matmul_function, prune_function
 from nmonnx.passes.result import PassResult
-from nmonnx.passes.surgery import Names
+from nmonnx.passes.surgery import Constants, Names, function_of
 from nmonnx.sites import Site
 
 INPUTS = {"NMPrune": ("x", *CRITERION), "NMMatMul": ("x", "W", "bias", *CRITERION)}
@@ -81,7 +81,7 @@ def _brought(node: gs.Node) -> list[str]:
 
 
 def _complete_inputs(model: Model, sites: Sequence[Site], wanted: set[str]) -> None:
-    names, by_name = Names(model), {site.name: site for site in sites}
+    constants, by_name = Constants(model, Names(model)), {site.name: site for site in sites}
     made: dict[tuple, gs.Tensor] = {}
     for scope, node in list(_custom_nodes(model)):
         site = by_name[json.loads(model.notes[id(node)]["nmonnx.site"])[0]]
@@ -90,10 +90,10 @@ def _complete_inputs(model: Model, sites: Sequence[Site], wanted: set[str]) -> N
         for name in sorted(missing, key=expected.index):
             while len(node.inputs) <= expected.index(name):
                 node.inputs.append(gs.Variable.empty())
-            node.inputs[expected.index(name)] = _neutral(model, names, made, scope, site, name)
+            node.inputs[expected.index(name)] = _neutral(constants, made, scope, site, name)
 
 
-def _neutral(model: Model, names: Names, made: dict, scope: str, site: Site, name: str) -> gs.Tensor:
+def _neutral(constants: Constants, made: dict, scope: str, site: Site, name: str) -> gs.Tensor:
     """A constant that changes nothing, one for each kind and, since functions have no initializers, each function."""
     half = site.elem == TensorProto.FLOAT16
     neutral: dict[str, np.ndarray] = {
@@ -103,16 +103,9 @@ def _neutral(model: Model, names: Names, made: dict, scope: str, site: Site, nam
         "order": np.arange(site.k),
     }
     values = neutral[name]
-    function = scope.partition("/")[0] if scope.startswith("function:") else ""
-    key = (function, name, values.dtype, values.size)
+    key = (function_of(scope), name, values.dtype, values.size)
     if key not in made:
-        tensor = gs.Variable(names.fresh_tensor(f"nmonnx/no_{name}_{values.dtype}_{values.size}"))
-        if function:
-            body = next(graph for path, graph in model.scopes() if path == function)
-            body.nodes.append(gs.Node("Constant", attrs={"value": numpy_helper.from_array(values)}, outputs=[tensor]))
-        else:
-            model.constants[tensor.name] = values
-        made[key] = tensor
+        made[key] = constants.add(scope, f"nmonnx/no_{name}_{values.dtype}_{values.size}", values)
     return made[key]
 
 

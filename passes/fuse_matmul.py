@@ -59,7 +59,8 @@ class FuseMatMul:
             return "no prune stands right in front of it"
         if self.kernel == "auto" and prune.attrs["keep"] == prune.attrs["group"]:
             return "the pattern keeps every channel, so there is nothing to skip"
-        if self.kernel == "auto" and site.k * site.n < self.worthwhile:
+        shifted = len(prune.inputs) > 2 and bool(prune.inputs[2].name)  # needs a bias to be made up for
+        if self.kernel == "auto" and site.k * site.n < self.worthwhile and not shifted:
             return f"its weight has fewer than {self.worthwhile} elements, too few to gain from skipping rows"
         if weight.transposed and site.initializer not in repackable:
             return f"its weight {site.initializer!r} is stored as [N, K] and has other readers: no second copy is made"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
 import nmonnx
 from nmonnx.digest import file_sha256
-from nmonnx.graph import DOMAIN, Model
+from nmonnx.graph import Model
 from nmonnx.passes.result import PassResult
+from nmonnx.passes.surgery import nodes_of_sites
 from nmonnx.recipe import Recipe
 from nmonnx.sites import Site, Skipped
 
@@ -22,7 +23,8 @@ class Stamp:
 
     1. `nmonnx.version`, `nmonnx.recipe` (JSON) and `nmonnx.source`, the SHA-256 of the original .onnx file;
     2. `nmonnx.sites`, one JSON object per linear layer found: pruned by which op with which pattern, or left and why;
-    3. `nmonnx.changed`, the weights that are stored in another layout: new name -> {from, how}.
+    3. `nmonnx.constants`, the new constants that do something: name -> {input of the op, sha256 of the values};
+    4. `nmonnx.changed`, the weights that are stored in another layout: new name -> {from, how}.
     """
 
     recipe: Recipe
@@ -30,7 +32,7 @@ class Stamp:
     name: str = "stamp"
 
     def apply(self, model: Model, sites: Sequence[Site]) -> PassResult:
-        nodes = dict(_nodes_by_site(model))
+        nodes = dict(nodes_of_sites(model))
         records = [_pruned(site, nodes[site.name]) for site in sites if site.name in nodes]
         records += [_left(skipped) for skipped in self.left if skipped.linear]
         changed = {t.name: {"from": t.source.name, "how": "transposed"} for t in model.repacked.values()}
@@ -39,19 +41,12 @@ class Stamp:
             "nmonnx.recipe": self.recipe.to_json(),
             "nmonnx.source": file_sha256(model.path),
             "nmonnx.sites": json.dumps(records, ensure_ascii=False),
+            "nmonnx.constants": json.dumps(model.declared, ensure_ascii=False),
             "nmonnx.changed": json.dumps(changed, ensure_ascii=False),
         }
         new = {k: v for k, v in entries.items() if model.metadata.get(k) != v}
         model.metadata.update(new)
         return PassResult(self.name, len(new))
-
-
-def _nodes_by_site(model: Model) -> Iterator[tuple[str, gs.Node]]:
-    for _, graph in model.scopes():
-        for node in graph.nodes:
-            if node.domain == DOMAIN and id(node) in model.notes:
-                for site in json.loads(model.notes[id(node)]["nmonnx.site"]):
-                    yield site, node
 
 
 def _pruned(site: Site, node: gs.Node) -> dict[str, object]:

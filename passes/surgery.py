@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import onnx_graphsurgeon as gs
+from onnx import numpy_helper
 
-from nmonnx.graph import Model
+from nmonnx.digest import array_sha256
+from nmonnx.graph import DOMAIN, Model
 from nmonnx.sites import Site
 
 
@@ -29,9 +32,48 @@ class Names:
         return _fresh(wanted, self._tensors)
 
 
+class Constants:
+    """New constants: initializers, or inside functions, which have none, Constant nodes."""
+
+    def __init__(self, model: Model, names: Names) -> None:
+        self._model, self._names = model, names
+
+    def add(self, scope: str, wanted: str, values: np.ndarray) -> gs.Tensor:
+        """A tensor that every node of the scope at path `scope` can read."""
+        tensor = gs.Variable(self._names.fresh_tensor(wanted))
+        function = function_of(scope)
+        if function:
+            body = next(graph for path, graph in self._model.scopes() if path == function)
+            body.nodes.append(gs.Node("Constant", attrs={"value": numpy_helper.from_array(values)}, outputs=[tensor]))
+        else:
+            self._model.constants[tensor.name] = values
+        return tensor
+
+    def declare(self, scope: str, wanted: str, slot: str, values: np.ndarray, instead_of: str = "") -> gs.Tensor:
+        """The same for a constant that does something: input `slot` of an op, where the original has the tensor
+        `instead_of` ("": nothing). The file will say so."""
+        tensor = self.add(scope, wanted, values)
+        self._model.declared[tensor.name] = {"input": slot, "sha256": array_sha256(values), "from": instead_of}
+        return tensor
+
+
+def function_of(scope: str) -> str:
+    """Path of the function that a scope lies in, "" outside of functions."""
+    return scope.partition("/")[0] if scope.startswith("function:") else ""
+
+
 def note(model: Model, node: gs.Node, made_by: str, sites: Sequence[Site]) -> None:
     """Record on a new node which pass made it, for which sites."""
     model.notes[id(node)] = {"nmonnx.pass": made_by, "nmonnx.site": json.dumps([site.name for site in sites])}
+
+
+def nodes_of_sites(model: Model) -> Iterator[tuple[str, gs.Node]]:
+    """Each pruned site with the op that serves it."""
+    for _, graph in model.scopes():
+        for node in graph.nodes:
+            if node.domain == DOMAIN and id(node) in model.notes:
+                for site in json.loads(model.notes[id(node)]["nmonnx.site"]):
+                    yield site, node
 
 
 def no_longer_serves(model: Model, node: gs.Node, site: Site) -> None:

@@ -11,10 +11,13 @@ import typer
 
 from nmonnx.commands.options import ModelPath, Quiet, ReportPath, Verbose, tell
 from nmonnx.errors import UsageError
+from nmonnx.presets import PRESETS, preset_named
 from nmonnx.report import Report, check_format, table
 
 if TYPE_CHECKING:
     from nmonnx.convert import Conversion
+    from nmonnx.sensitivity import Sensitivity
+    from nmonnx.stats import Stats
 
 
 def command(
@@ -36,6 +39,41 @@ def command(
         typer.Option(help="Not these layers; selectors as for --include. Repeatable."),
     ] = None,
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Prune the input of lm_head too.")] = False,
+    criterion: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="What makes a channel worth keeping: act, wina, sqrt-wina, amber, amber-code, var-weight,"
+            " clact-static, pcs, random, or the path of an .npz with a vector for each layer. [default: act]"
+        ),
+    ] = None,
+    share: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="joint: layers on one activation share a prune; separate: one each. [default: joint]"),
+    ] = None,
+    order: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="deal: deal the channels over the groups by calibrated rms; none. [default: none]"),
+    ] = None,
+    mitigation: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="s-pts or s-pts-scalar: shift by calibrated values, folded into biases. Repeatable."),
+    ] = None,
+    allocate: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="forward: a kept N for each layer by --sensitivity, same bytes; uniform. [default: uniform]"),
+    ] = None,
+    preset: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help=f"A named recipe: {', '.join(PRESETS)}; other flags win over it."),
+    ] = None,
+    stats: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="What 'nmonnx calibrate' saw on MODEL (.npz).", show_default=False),
+    ] = None,
+    sensitivity: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="What 'nmonnx sensitivity' measured on MODEL (.json).", show_default=False),
+    ] = None,
     kernel: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="auto, fused (NMMatMul wherever possible) or prune (NMPrune only). [default: auto]"),
@@ -67,17 +105,30 @@ def command(
         "include": include,
         "exclude": exclude,
         "lm_head": lm_head or None,
+        "criterion": criterion,
+        "share": share,
+        "order": order,
+        "mitigations": mitigation,
+        "allocate": allocate,
         "kernel": kernel,
         "fallback": fallback,
     }
     given = {key: value for key, value in flags.items() if value is not None and value != []}
-    recipe = Recipe.read(config, given) if config else Recipe.from_dict(given, "convert")
+    flags = {**preset_named(preset), **given} if preset else given
+    recipe = Recipe.read(config, flags) if config else Recipe.from_dict(flags, "convert")
     if output is None:
         output = model.with_name(f"{model.stem}-{str(recipe.pattern).replace(':', 'x')}.onnx")
     if output.suffix != ".onnx":
         raise UsageError(f"--output {output}: the name must end in .onnx")
-    done = convert(model, None if dry_run else output, recipe, overwrite)
+    done = convert(model, None if dry_run else output, recipe, overwrite, *_measured(stats, sensitivity))
     tell(conversion(done, verbose), report, quiet)
+
+
+def _measured(stats: Path | None, sensitivity: Path | None) -> tuple[Stats | None, Sensitivity | None]:
+    from nmonnx.sensitivity import Sensitivity
+    from nmonnx.stats import Stats
+
+    return Stats.load(stats) if stats else None, Sensitivity.load(sensitivity) if sensitivity else None
 
 
 def conversion(done: Conversion, verbose: bool = False) -> Report:
@@ -87,6 +138,7 @@ def conversion(done: Conversion, verbose: bool = False) -> Report:
     ops = Counter(r["kernel"] for r in pruned)
     how = " and ".join(f"{count} by {op}" for op, count in sorted(ops.items()))
     words = [f"{len(pruned)} of {len(done.records)} linear layers pruned to {done.recipe.pattern}: {how}."]
+    words += _how_chosen(done, pruned)
     words += [f"Left dense: {_times(n)} {op}: {why}." for (op, why), n in _why_left(left).items()]
     words += [f"Skipped, not a linear layer: {n} {op}: {why}." for (op, why), n in _no_layers(done).items()]
     words += [f"Prune-only: {_times(n)}: {why}." for why, n in _why_not_fused(done).items()]
@@ -111,6 +163,28 @@ def conversion(done: Conversion, verbose: bool = False) -> Report:
         "passes": [{"name": p.name, "changed": p.changed, "left": p.left} for p in done.passes],
     }
     return Report(title, tuple(words), (each if verbose else by_role,), data, (done.source,))
+
+
+def _how_chosen(done: Conversion, pruned: list[dict[str, Any]]) -> list[str]:
+    """What differs from plain magnitude at one pattern."""
+    recipe, words = done.recipe, []
+    if recipe.criterion != "act":
+        words.append(f"Criterion {recipe.criterion}, {recipe.share} for the layers of one activation.")
+    if recipe.mitigations:
+        words.append(f"Mitigations: {', '.join(recipe.mitigations)}.")
+    unfolded = Counter(next(p for p in done.passes if p.name == "fold-shift").left.values())
+    words += [f"Without shift: {_times(n)}: {why}." for why, n in unfolded.items()]
+    if recipe.order != "none":
+        words.append("Groups are cut along an order of the channels, dealt by calibrated rms.")
+    patterns = Counter(r["pattern"] for r in pruned)
+    if len(patterns) > 1:
+        weights = sum(r["k"] * r["n"] for r in pruned)
+        read = sum(r["k"] * r["n"] * int(r["pattern"].split(":")[0]) / int(r["pattern"].split(":")[1]) for r in pruned)
+        each = ", ".join(f"{p} ({c})" for p, c in sorted(patterns.items(), key=lambda i: int(i[0].split(":")[0])))
+        words.append(f"Patterns: {each}; {100 * read / weights:.1f} % of the weights are read.")
+    plain = Counter(done.plan.plain.values())
+    words += [f"Plain magnitude instead of {recipe.criterion}: {_times(n)}: {why}." for why, n in plain.items()]
+    return words
 
 
 def _why_left(left: list[dict[str, Any]]) -> Counter[tuple[str, str]]:

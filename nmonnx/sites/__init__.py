@@ -6,7 +6,7 @@ select(found, ...) -> Selection  what the user's selectors choose
 
 from nmonnx.sites.constant import AT_RUN_TIME
 from nmonnx.sites.find import converted_with, find_sites
-from nmonnx.sites.select import Selection, select
+from nmonnx.sites.select import Selection, matching, select
 from nmonnx.sites.site import ROLES, Found, FusableWeight, Site, Skipped
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "Skipped",
     "converted_with",
     "find_sites",
+    "matching",
     "select",
 ]

@@ -45,6 +45,13 @@ def select(
     return Selection(chosen, dense + left)
 
 
+def matching(found: Found, selector: str, flag: str) -> list[str]:
+    """Names of the sites that a selector matches. Raises UsageError when it matches no linear layer; `flag` says
+    where it was given."""
+    chosen = _Selector(selector, found, flag)
+    return [site.name for site in found.sites if chosen.matches(site)]
+
+
 class _Selector:
     """One selector, checked against the model."""
 

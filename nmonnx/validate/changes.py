@@ -31,7 +31,7 @@ class Explained:
     inserted  the ops themselves, and constants that they alone read
     removed   nodes that only served a fused layer
     rewired   (node, input) -> tensors that a layer may read there instead of its activation
-    neutral   new constants that say what leaving an input out says
+    added     new constants of ops: declared, or saying what leaving the input out says
     fallbacks functions that say in stock ops what the ops do
     read      activations; what value_info says of their shapes is a hint that may go
     """
@@ -43,7 +43,7 @@ class Explained:
         self.inserted: set[Key] = set()
         self.removed: set[Key] = set()
         self.rewired: dict[tuple[Key, str], set[str]] = {}
-        self.neutral: set[Key] = set()
+        self.added: set[Key] = set()
         self.read: set[Key] = set()
         self.fallbacks: set[str] = set()
         self._dropped: set[Key] = set()
@@ -76,7 +76,7 @@ class Explained:
                     if key not in self.removed and self._only_feeds_removed(scope.path, node, readers):
                         self.removed.add(key)
                         growing = True
-        for scope_path, name in self.neutral:
+        for scope_path, name in self.added:
             maker = self.new.maker((scope_path, name))
             if maker is not None:
                 self.inserted.add((scope_path, label(maker)))
@@ -131,7 +131,7 @@ def _is_explained(edit: Edit, explained: Explained) -> bool:
             after = edit.after or ""
             return key in explained.fused or after in explained.rewired.get((key, edit.slot), ())
         case TensorEdit() if edit.change == "added":
-            return edit.name in explained.changed or key in explained.neutral
+            return edit.name in explained.changed or key in explained.added
         case TensorEdit() if edit.change == "removed":
             return explained.allows_removal(edit.scope, edit.name)
         case ValueEdit() if edit.role == "value" and edit.change == "removed":

@@ -41,11 +41,14 @@ class Claim:
 
 @dataclass(frozen=True)
 class Claims:
-    """changed: new initializer -> (original initializer, how it was made from it)"""
+    """changed: new initializer -> (original initializer, how it was made from it)
+    constants: new constant -> (input of the op that it is for, SHA-256 of its values, tensor that it
+    replaces, "" for none)"""
 
     recipe: Recipe
     sites: tuple[Claim, ...]
     changed: dict[str, tuple[str, str]]
+    constants: dict[str, tuple[str, str, str]]
 
     @property
     def pruned(self) -> list[Claim]:
@@ -70,11 +73,13 @@ def read_claims(original: Path, before: ModelProto, converted: Path, after: Mode
         recipe = Recipe.from_dict(json.loads(new["nmonnx.recipe"]), str(converted))
         sites = tuple(_claim(record) for record in json.loads(new["nmonnx.sites"]))
         changed = {k: (v["from"], v["how"]) for k, v in json.loads(new.get("nmonnx.changed", "{}")).items()}
+        declared = json.loads(new.get("nmonnx.constants", "{}"))
+        constants = {k: (v["input"], v["sha256"], v["from"]) for k, v in declared.items()}
     except (ValueError, KeyError, TypeError, AttributeError, UsageError) as e:
         raise InputError(
             f"{converted}: its nmonnx metadata cannot be read ({type(e).__name__}: {e}); convert it again"
         ) from e
-    return Claims(recipe, sites, changed)
+    return Claims(recipe, sites, changed, constants)
 
 
 def _metadata(proto: ModelProto) -> dict[str, str]:

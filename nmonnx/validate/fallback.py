@@ -28,13 +28,14 @@ _GROUPS, _ROWS, _COLUMNS = 3, 32, 4
 
 @dataclass(frozen=True)
 class _Use:
-    """How the ops of a model use a function; what one trial stands for."""
+    """How the ops of a model use a function; what one trial stands for. `brought` are the inputs that an op gives."""
 
     op: str
     keep: int
     group: int
     tail: int
     elem: int
+    brought: tuple[str, ...]
 
 
 def check_fallback(pair: Pair, sites: Sequence[Site]) -> Check:
@@ -54,12 +55,13 @@ def _uses(pair: Pair, sites: Sequence[Site]) -> Iterator[_Use]:
             options = {a.name: a.i for a in node.attribute}
             keep, group = options.get("keep", 0), options.get("group", 0)
             if node.domain == DOMAIN and site is not None and site.elem in _DTYPES and 0 < keep <= group:
-                yield _Use(node.op_type, keep, group, site.k % group, site.elem)
+                given = zip(SLOTS.get(node.op_type, ()), node.input, strict=False)
+                brought = tuple(slot for slot, name in given if name)
+                yield _Use(node.op_type, keep, group, site.k % group, site.elem, brought)
 
 
 def _faults(model: ModelProto, function: FunctionProto, use: _Use) -> Iterator[str]:
-    slots = SLOTS.get(use.op, ())[: len(function.input)]
-    arrays = _arrays(use, slots)
+    arrays = _arrays(use)
     said = f"{use.op} {use.keep}:{use.group} of {TensorProto.DataType.Name(use.elem)}"
     for rows in (_ROWS, 0):
         feed = {**arrays, "x": arrays["x"][:rows]}
@@ -73,8 +75,8 @@ def _faults(model: ModelProto, function: FunctionProto, use: _Use) -> Iterator[s
             return
 
 
-def _arrays(use: _Use, slots: Sequence[str]) -> dict[str, np.ndarray]:
-    """Values for every input of the function: ties, zeros of both signs and, where no product spreads them, NaN and
+def _arrays(use: _Use) -> dict[str, np.ndarray]:
+    """Values for every input that is given: ties, zeros of both signs and, where no product spreads them, NaN and
     Inf; a scale and a shift that float16 can express, so that nothing is rounded."""
     rng = np.random.default_rng(0)
     dtype, k = _DTYPES[use.elem], _GROUPS * use.group + use.tail
@@ -90,12 +92,13 @@ def _arrays(use: _Use, slots: Sequence[str]) -> dict[str, np.ndarray]:
         "shift": rng.integers(-2, 3, k).astype(np.float32),
         "order": rng.permutation(k),
     }
-    return {slot: values[slot] for slot in slots}
+    return {slot: values[slot] for slot in use.brought}
 
 
 def _trial(model: ModelProto, function: FunctionProto, use: _Use, arrays: dict[str, np.ndarray]) -> ModelProto:
     """A model of one node that calls the function."""
-    node = NodeProto(op_type=use.op, domain=DOMAIN, name=use.op, input=list(arrays), output=["y"])
+    node = NodeProto(op_type=use.op, domain=DOMAIN, name=use.op, output=["y"])
+    node.input.extend(slot if slot in arrays else "" for slot in SLOTS.get(use.op, ())[: len(function.input)])
     node.attribute.extend([helper.make_attribute("keep", use.keep), helper.make_attribute("group", use.group)])
     inputs = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(a.dtype), [None] * a.ndim)

@@ -86,6 +86,11 @@ class _Probe:
         criterion = {slot: self.options.get(slot) for slot in ("scale", "shift", "order")}
         return prune(x, self.pattern.n, self.pattern.m, **criterion)
 
+    def computes_with(self, x: np.ndarray) -> np.ndarray:
+        """What the layer computes with: the pruned activation and the shift, which the bias makes up for."""
+        shift = self.options.get("shift")
+        return self.prune(x) if shift is None else self.prune(x) + shift
+
     def names(self) -> tuple[list[str], list[str]]:
         """Tensors to tap in the original and in the converted model."""
         assert self.node is not None
@@ -194,7 +199,7 @@ def _multiply(probe: _Probe, site: Site | None) -> None:
         return
     x = np.concatenate(probe.before)[:_ROWS].astype(np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
-        lost, whole = (np.linalg.norm(rows.astype(np.float64)) for rows in ((x - probe.prune(x)) @ weight, x @ weight))
+        lost, whole = (np.linalg.norm(rows.astype(np.float64)) for rows in ((x - probe.computes_with(x)) @ weight, x @ weight))
     probe.error = relative(float(lost), float(whole))
     if probe.fused:
         probe.excess = _excess(probe, weight)

@@ -10,6 +10,7 @@ from onnx import NodeProto, TensorProto
 
 from nmonnx.diff.compare import Comparison, label
 from nmonnx.diff.edits import Edit
+from nmonnx.digest import array_sha256
 from nmonnx.graph import DOMAIN
 from nmonnx.tensors import TensorReader
 from nmonnx.validate.changes import Explained, unexplained
@@ -111,8 +112,7 @@ class _Structure:
         ]
 
     def _faults_of(self, claim: Claim) -> Iterator[str]:
-        if claim.pattern != str(self.claims.recipe.pattern):
-            yield f"is pruned {claim.pattern}, the recipe asks for {self.claims.recipe.pattern}"
+        yield from self._faults_of_pattern(claim)
         before, after = self.pair.old_trail(claim), self.pair.new_trail(claim)
         if before is None or after is None:
             where = "the original" if before is None else "the converted model"
@@ -124,6 +124,15 @@ class _Structure:
         yield from self._faults_of_ops(claim, before, after)
         yield from self._faults_of_weights(before, after)
         self.explained.add(claim, before, after)
+
+    def _faults_of_pattern(self, claim: Claim) -> Iterator[str]:
+        """The recipe gives every layer one pattern, some layers one of a list, or an allocation any n of its m."""
+        recipe = self.claims.recipe
+        asked = {str(recipe.pattern), *(str(pattern) for _, pattern in recipe.patterns)}
+        if recipe.allocate != "uniform":
+            asked = {f"{n}:{recipe.pattern.m}" for n in range(1, recipe.pattern.m + 1)}
+        if claim.pattern not in asked:
+            yield f"is pruned {claim.pattern}, the recipe asks for {recipe.pattern}"
 
     def _faults_of_ops(self, claim: Claim, before: Trail, after: Trail) -> Iterator[str]:
         if not before.ops:
@@ -148,7 +157,10 @@ class _Structure:
         mapped = set()
         for scope, name in after.leaves:
             new = self.pair.old.find(scope, name) is None and name not in self.claims.changed
-            if not (new and (scope, name) in optional):
+            replaced = self.claims.constants.get(name, ("", "", ""))[2]
+            if new and replaced:
+                mapped.add(self.pair.old.find(scope, replaced) or (scope, replaced))
+            elif not (new and (scope, name) in optional):
                 mapped.add((scope, self.claims.changed.get(name, (name, ""))[0]))
         for (scope, _), node in after.own.items():
             yield from self._faults_of_constants(scope, node)
@@ -157,15 +169,18 @@ class _Structure:
             yield f"it reads other weights than before: {', '.join(names[:4])}"
 
     def _faults_of_constants(self, scope: str, node: NodeProto) -> Iterator[str]:
-        """A new constant may only say what leaving the input out says."""
+        """A new constant may only say what leaving the input out says, or what the file declares."""
         for key, slot in self._optional(scope, node):
             if self.pair.old.find(*key) is not None or key[1] in self.claims.changed:
                 continue
             values = self.pair.constant(key)
-            if values is None or not _is_neutral(values, slot):
+            declared = self.claims.constants.get(key[1])
+            if values is not None and declared is not None and declared[:2] == (slot, array_sha256(values)):
+                self.explained.added.add(key)
+            elif values is None or not _is_neutral(values, slot):
                 yield f"input {slot} of op {label(node)!r} ({key[1]!r}) is new and does something"
             else:
-                self.explained.neutral.add(key)
+                self.explained.added.add(key)
 
     def _optional(self, scope: str, node: NodeProto) -> Iterator[tuple[Key, str]]:
         for slot, key in self.pair.inputs_of(scope, node).items():

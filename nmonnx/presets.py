@@ -1,0 +1,26 @@
+"""Named recipes: what the papers prune, and what we tell users to take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nmonnx.errors import UsageError
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper-all": {},
+    "paper-qwen": {"exclude": ["q", "k", "v", "qkv"]},
+    "paper-best": {"include": ["k", "v", "gate", "down"]},
+    "paper-kogd": {"include": ["k", "o", "gate", "down"]},
+    "amber": {"criterion": "amber", "include": ["q", "gate", "down"]},
+    "best": {"criterion": "sqrt-wina", "order": "deal", "allocate": "forward"},
+}
+"""The paper is arXiv 2509.22166: all linear layers of every block (Table 6); the choice for Qwen2.5; the two of
+Table 5. amber: what arXiv 2508.02128 prunes, but for the blocks that it lists for each model. best: what we tell users
+to take; it needs `nmonnx calibrate` and `nmonnx sensitivity`."""
+
+
+def preset_named(name: str) -> dict[str, Any]:
+    """Entries of a recipe. Raises UsageError for an unknown name."""
+    if name not in PRESETS:
+        raise UsageError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
+    return PRESETS[name]

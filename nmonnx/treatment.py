@@ -1,0 +1,189 @@
+"""`Treatment`: how one prune chooses its channels; worked out for every layer from the recipe and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nmonnx.allocate import Choice, allocate
+from nmonnx.criteria import Layer, channel_scale, normalised
+from nmonnx.errors import InputError, UsageError
+from nmonnx.grouping import deal
+from nmonnx.pattern import Pattern
+from nmonnx.recipe import Recipe
+from nmonnx.reference import keep_mask
+from nmonnx.sites import Found, Site, matching
+
+if TYPE_CHECKING:
+    from nmonnx.sensitivity import Sensitivity
+    from nmonnx.stats import Seen, Stats
+
+_LEAST_SHARE = 4
+"""An allocation keeps at least one channel of so many."""
+
+
+@dataclass(frozen=True, eq=False)
+class Treatment:
+    """The constants of one prune, as in the op contract: `scale` [K] and `shift` [K] or [1], float32, and `order` [K],
+    int64; None where neutral."""
+
+    pattern: Pattern
+    scale: np.ndarray | None = None
+    shift: np.ndarray | None = None
+    order: np.ndarray | None = None
+
+    def constants(self) -> dict[str, np.ndarray]:
+        """The op's inputs, by name."""
+        given = {"scale": self.scale, "shift": self.shift, "order": self.order}
+        return {name: values for name, values in given.items() if values is not None}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """treatments  by site name; sites that share a prune share one object
+    plain       sites whose criterion could not be worked out, with the reason: the activation alone decides there
+    """
+
+    treatments: Mapping[str, Treatment]
+    plain: Mapping[str, str]
+
+
+def plan(
+    recipe: Recipe,
+    found: Found,
+    sites: Sequence[Site],
+    stats: Stats | None = None,
+    sensitivity: Sensitivity | None = None,
+) -> Plan:
+    """The treatment of every chosen site.
+
+    Raises UsageError when the recipe needs statistics that were not given, or a site that they have not seen.
+    """
+    given = {"stats": stats, "sensitivity": sensitivity}
+    for need in recipe.needs:
+        if given[need] is None:
+            command = {"stats": "calibrate", "sensitivity": "sensitivity"}[need]
+            raise UsageError(f"the recipe needs --{need}; make the file with 'nmonnx {command}' on the original model")
+    patterns = _patterns(recipe, found)
+    custom = _Vectors(Path(recipe.criterion)) if recipe.criterion.endswith(".npz") else None
+    plain: dict[str, str] = {}
+    made: list[tuple[list[Site], Treatment]] = []
+    for group in share(sites, recipe.share, patterns):
+        seen = stats.of(group[0].name) if stats is not None and recipe.needs else None
+        try:
+            scale = custom.of(group) if custom else channel_scale(recipe.criterion, [_layer(s, seen) for s in group])
+        except InputError as e:
+            scale = None
+            plain.update({site.name: str(e) for site in group})
+        treatment = Treatment(patterns.get(group[0].name, recipe.pattern), scale)
+        if recipe.mitigations:
+            assert seen is not None
+            treatment = replace(treatment, shift=_shift(recipe.mitigations, seen))
+        if recipe.order == "deal":
+            assert seen is not None
+            strength = seen.rms * (1 if scale is None else scale)
+            treatment = replace(treatment, order=deal(strength, treatment.pattern.m))
+        made.append((group, treatment))
+    if recipe.allocate == "forward":
+        assert stats is not None and sensitivity is not None
+        made = _allocated(recipe, made, stats, sensitivity)
+    return Plan({site.name: treatment for group, treatment in made for site in group}, plain)
+
+
+def share(sites: Sequence[Site], how: str, patterns: Mapping[str, Pattern]) -> list[list[Site]]:
+    """The sites of each prune: "joint": those that read one activation in one graph with one pattern; "separate": each
+    on its own, but for those behind one quantiser or call, which cannot be told apart."""
+    groups: dict[tuple, list[Site]] = {}
+    for site in sites:
+        consumer, index = site.splice[0]
+        inseparable = (id(consumer), index)
+        together = (id(site.splice_graph), id(site.activation))
+        key = (*(together if how == "joint" else inseparable), patterns.get(site.name))
+        groups.setdefault(key, []).append(site)
+    return list(groups.values())
+
+
+def _shift(mitigations: Sequence[str], seen: Seen) -> np.ndarray:
+    """S-PTS: a shift that does not depend on the call, the mean of each channel or one number for all."""
+    return seen.mean if "s-pts" in mitigations else np.array([seen.token_median], np.float32)
+
+
+def _patterns(recipe: Recipe, found: Found) -> dict[str, Pattern]:
+    chosen: dict[str, Pattern] = {}
+    for selector, pattern in recipe.patterns:
+        chosen |= dict.fromkeys(matching(found, selector, "patterns:"), pattern)
+    return chosen
+
+
+def _layer(site: Site, seen: Seen | None) -> Layer:
+    weight = site.weight()
+    if weight.ndim == 3:  # experts [E, K, N] stand side by side
+        weight = weight.transpose(1, 0, 2).reshape(site.k, -1)
+    return Layer(weight, seen)
+
+
+def _allocated(
+    recipe: Recipe, made: list[tuple[list[Site], Treatment]], stats: Stats, sensitivity: Sensitivity
+) -> list[tuple[list[Site], Treatment]]:
+    choices = []
+    for group, treatment in made:
+        curve = _lost(group, treatment, stats.of(group[0].name))
+        measured = sensitivity.pattern
+        place = measured.n * len(curve) // measured.m - 1
+        known = curve[min(max(place, 0), len(curve) - 1)]
+        loss = sum(_loss(sensitivity, site.name) for site in group)
+        choices.append(Choice(sum(s.k * s.n for s in group), curve * (loss / known if known > 0 else 0.0)))
+    n_of_all = recipe.pattern
+    kept = allocate(choices, n_of_all.n / n_of_all.m, max(1, n_of_all.m // _LEAST_SHARE))
+    return [
+        (group, replace(treatment, pattern=Pattern(n, n_of_all.m)))
+        for (group, treatment), n in zip(made, kept, strict=True)
+    ]
+
+
+def _loss(sensitivity: Sensitivity, name: str) -> float:
+    """A layer's share of what pruning the layers on its activation costs, in nats per token."""
+    if name not in sensitivity.sites:
+        raise UsageError(f"the sensitivity of layer {name!r} was not measured; measure it without --include or --exclude")
+    measured = sensitivity.sites[name]
+    return max(measured.kl, 0.0) / len(measured.group)
+
+
+def _lost(group: Sequence[Site], treatment: Treatment, seen: Seen) -> np.ndarray:
+    """[m]: the share of the output energy that keeping n = 1..m loses on the calibration sample, by the diagonal of
+    W W^T: sum over dropped channels of (x_j ||W_j||)^2, over the same of all, mean over tokens."""
+    norms = np.sqrt(sum(np.square(_layer(site, None).norms) for site in group))
+    x = seen.sample.astype(np.float32)
+    energy = np.square(x * norms)
+    total = np.maximum(energy.sum(axis=1), np.finfo(np.float32).tiny)
+    m = treatment.pattern.m
+    kept = (keep_mask(x, n, m, treatment.scale, treatment.shift, treatment.order) for n in range(1, m + 1))
+    return np.array([float(((energy * ~mask).sum(axis=1) / total).mean()) for mask in kept])
+
+
+class _Vectors:
+    """Criterion vectors of one's own: an .npz with an array [K] for each site name."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                self._vectors = {name: file[name] for name in file.files}
+        except (OSError, ValueError) as e:
+            raise InputError(f"criterion {path} cannot be read as an .npz of vectors: {e}") from e
+        self._path = path
+
+    def of(self, group: Sequence[Site]) -> np.ndarray | None:
+        parts = []
+        for site in group:
+            vector = self._vectors.get(site.name)
+            if vector is None or vector.shape != (site.k,) or vector.dtype.kind not in "fiu" or not (vector >= 0).all():
+                raise UsageError(
+                    f"criterion {self._path}: it must hold {site.name!r}, {site.k} numbers from 0 up, one for each"
+                    " input channel"
+                )
+            parts.append(np.square(vector.astype(np.float64)))
+        return normalised(np.sqrt(sum(parts)))
