@@ -24,6 +24,7 @@ def folder(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("the model stories260K is not there")
     folder = tmp_path_factory.mktemp("readme")
     build(shared / "models" / "stories260K", folder)
+    (folder / "train.txt").write_text("Once upon a time there was a little cat. " * 20)
     (folder / "recipe.yaml").write_text("pattern: 4:16\n")
     return folder
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console
 
 from nmonnx.report import Report, show, write
+
+if TYPE_CHECKING:
+    from nmonnx.feeds import Feed
 
 ModelPath = Annotated[Path, typer.Argument(help="The model, an .onnx file.", show_default=False)]
 ReportPath = Annotated[
@@ -31,3 +34,12 @@ def tell(report: Report, path: Path | None, quiet: bool = False) -> None:
         show(report, console if console.is_terminal else Console(width=WIDTH))
     if path is not None:
         write(report, path)
+
+
+def read_feed_files(model: Path, files: list[Path]) -> list[Feed]:
+    """The arrays that the user gives, checked against the inputs of the model. Raises InputError."""
+    from nmonnx.feeds import read_feeds, signature
+    from nmonnx.library import make_session
+
+    expected = signature(make_session(model), model)
+    return [feed for file in files for feed in read_feeds(file, expected)]

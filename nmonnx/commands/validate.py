@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 from rich.console import Console
 
-from nmonnx.commands.options import Quiet, ReportPath, Threads, Verbose, tell
+from nmonnx.commands.options import Quiet, ReportPath, Threads, Verbose, read_feed_files, tell
 from nmonnx.errors import UsageError
 from nmonnx.report import Report, check_format, table
 
 if TYPE_CHECKING:
-    from nmonnx.feeds import Feed
     from nmonnx.validate import Report as Validation
 
 Limit = Optional[float]  # noqa: UP045
@@ -82,7 +81,7 @@ def command(
         done = validate(
             original,
             converted,
-            _read(original, feeds) if feeds else None,
+            read_feed_files(original, feeds) if feeds else None,
             Language(words, read_text(text) if text else None, new_tokens, window, max_windows),
             limits,
             threads,
@@ -121,11 +120,3 @@ def _sites(done: Validation, verbose: bool) -> list[tuple[str, ...]]:
         return rows
     measured = [(s.kept_energy, row) for s, row in zip(done.sites, rows, strict=True) if s.kept_energy is not None]
     return [row for _, row in sorted(measured, key=lambda pair: pair[0])[:5]]
-
-
-def _read(model: Path, files: list[Path]) -> list[Feed]:
-    from nmonnx.feeds import read_feeds, signature
-    from nmonnx.library import make_session
-
-    expected = signature(make_session(model), model)
-    return [feed for file in files for feed in read_feeds(file, expected)]

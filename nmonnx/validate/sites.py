@@ -15,10 +15,10 @@ from nmonnx.metrics import relative
 from nmonnx.pattern import Pattern
 from nmonnx.reference import prune
 from nmonnx.sites import Site
+from nmonnx.taps import Tapped
 from nmonnx.validate.claims import Claim
 from nmonnx.validate.pair import Pair
 from nmonnx.validate.result import Check, SiteRecord, counted
-from nmonnx.validate.taps import Tapped
 
 _AT_ONCE = 128
 """Layers whose tensors are fetched in one run; bounds memory."""

@@ -11,6 +11,7 @@ import numpy as np
 from onnx import ModelProto
 
 from nmonnx.errors import ModelError, RunError
+from nmonnx.feeds import Signature, signature
 from nmonnx.feeds.sample import explain
 from nmonnx.library import register
 from nmonnx.tensors import TensorReader, all_tensors, is_external
@@ -32,6 +33,7 @@ class Tapped:
 
         self._path = path
         self._inputs = {i.name for i in proto.graph.input}
+        self._outputs = len(proto.graph.output)
         copy = ModelProto()
         copy.CopyFrom(proto)
         outputs = {o.name for o in copy.graph.output}
@@ -54,11 +56,29 @@ class Tapped:
         except Exception as e:
             raise RunError(f"{path} with its inner tensors as outputs does not load: {explain(e)}") from e
 
-    def run(self, arrays: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
-        """The values of tapped tensors (and graph inputs) for one feed. Raises RunError."""
+    def signature(self) -> Signature:
+        """The inputs and outputs of the model itself, without the taps. Raises InputError as `nmonnx.feeds` does."""
+        return signature(self, self._path)  # type: ignore[arg-type]
+
+    def get_inputs(self) -> list:
+        return self._session.get_inputs()
+
+    def get_outputs(self) -> list:
+        return self._session.get_outputs()[: self._outputs]
+
+    def run(
+        self, arrays: Mapping[str, np.ndarray], names: Sequence[str], only_these: bool = False
+    ) -> dict[str, np.ndarray]:
+        """The values of tapped tensors (and graph inputs) for one feed; with `only_these` nothing is computed that they
+        do not need. Raises RunError."""
+        import onnxruntime
+
+        options = onnxruntime.RunOptions()
+        options.only_execute_path_to_fetches = only_these
+        options.log_severity_level = 4  # a failure is raised with its reason, not logged as well
         wanted = [n for n in dict.fromkeys(names) if n not in self._inputs]
         try:
-            values = self._session.run(wanted, dict(arrays)) if wanted else []
+            values = self._session.run(wanted, dict(arrays), options) if wanted else []
         except Exception as e:
             raise RunError(f"{self._path} failed while it ran: {explain(e)}") from e
         return {**{n: arrays[n] for n in names if n in self._inputs}, **dict(zip(wanted, values, strict=True))}

@@ -1,0 +1,119 @@
+"""`nmonnx calibrate`: statistics of what the linear layers read, for passes that correct or weight the pruning."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from nmonnx.commands.options import ModelPath, Quiet, Threads, read_feed_files, tell
+from nmonnx.errors import UsageError
+from nmonnx.report import Report, table
+
+if TYPE_CHECKING:
+    from nmonnx.sites import Site
+    from nmonnx.stats import Stats
+
+
+def command(
+    model: ModelPath,
+    text: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="The text to run on, a UTF-8 file. Not one that you will measure on."),
+    ] = None,
+    tokenizer: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="tokenizer.json, or the folder it lies in. [default: beside MODEL]"),
+    ] = None,
+    feeds: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="Instead of a text: .npz or a folder of .npy, named as the inputs. Repeatable."),
+    ] = None,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="The file to write. [default: MODEL-stats.npz beside the model]"),
+    ] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens of a window, each read from an empty cache.")] = 1024,
+    max_tokens: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=2, help="Tokens to read, at most. [default: the whole text]"),
+    ] = None,
+    sample: Annotated[int, typer.Option(min=1, help="Tokens whose activations are kept as they are.")] = 512,
+    threads: Threads = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run MODEL, as exported, over a text and write what its linear layers read: mean, rms, largest, a sample.
+
+    A run that was cut short goes on where it was when it is started again.
+    """
+    from nmonnx.calibrate import calibrate
+    from nmonnx.graph import load
+    from nmonnx.sites import find_sites
+    from nmonnx.text import encode, load_tokenizer, read_text
+
+    if (text is None) == (not feeds):
+        raise UsageError("give a text (--text FILE) or feeds (--feeds FILE), one of them")
+    out = output or model.with_name(f"{model.stem}-stats.npz")
+    _refuse_clash(out, feeds or [], overwrite)
+    sites = find_sites(load(model)).sites
+    tokens = encode(load_tokenizer(tokenizer, beside=model), read_text(text)) if text else None
+    with _bar(quiet) as progress:
+        stats = calibrate(
+            model,
+            tokens,
+            read_feed_files(model, feeds) if feeds else None,
+            window,
+            max_tokens,
+            sample,
+            threads,
+            out.with_name(f"{out.stem}.partial.npz"),
+            progress,
+            label=text.name if text else "",
+        )
+    stats.save(out)
+    tell(calibration(out, stats, sites), None, quiet)
+
+
+def calibration(out: Path, stats: Stats, sites: tuple[Site, ...]) -> Report:
+    """What was seen, by role."""
+    groups = Counter((s.role, s.k, stats.seen[s.name].tokens) for s in sites if s.name in stats.seen)
+    rows = [(role, count, k, tokens) for (role, k, tokens), count in groups.items()]
+    words = [f"{len(stats.seen)} of {len(sites)} layers seen; {stats.protocol}."]
+    words += [f"Not seen: {count} layers: {reason}." for reason, count in Counter(stats.unseen.values()).items()]
+    return Report(str(out), tuple(words), (table("Layers seen", ("role", "layers", "K", "tokens"), rows),))
+
+
+def _refuse_clash(out: Path, feeds: list[Path], overwrite: bool) -> None:
+    if out.suffix != ".npz":
+        raise UsageError(f"--output {out}: the name must end in .npz")
+    try:
+        if out.is_dir():
+            raise UsageError(f"{out} is a folder; name a file, for example {out / 'stats.npz'}")
+        if not os.access(out.absolute().parent, os.W_OK):
+            raise UsageError(
+                f"the folder {str(out.parent)!r} does not exist or cannot be written; choose another place"
+            )
+        if out.exists() and any(feed.exists() and out.samefile(feed) for feed in feeds):
+            raise UsageError(f"{out} is one of the feeds, which are never changed; choose another output")
+        if out.exists() and not overwrite:
+            raise UsageError(f"{out} exists; use --overwrite to replace it, or choose another output")
+    except OSError as e:
+        raise UsageError(f"{str(out)[:200]!r} cannot be an output: {e.strerror}; choose another name or folder") from e
+
+
+@contextmanager
+def _bar(quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar with the time left on stderr, where that is a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("calibrating"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
