@@ -79,9 +79,7 @@ class Recipe:
         if {"s-pts", "s-pts-scalar"} <= set(self.mitigations):
             raise UsageError("mitigations s-pts and s-pts-scalar are two choices of one shift; give one of them")
         if self.mitigations and self.kernel == "prune":
-            raise UsageError(
-                "mitigation s-pts needs a bias to fold into, which kernel prune has not; use auto"
-            )
+            raise UsageError("mitigation s-pts needs a bias to fold into, which kernel prune has not; use auto")
         if self.patterns and self.allocate != "uniform":
             raise UsageError("patterns for single layers and an allocation exclude each other; give one of them")
 

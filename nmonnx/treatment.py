@@ -148,7 +148,7 @@ def _allocated(
 def _loss(sensitivity: Sensitivity, name: str) -> float:
     """A layer's share of what pruning the layers on its activation costs, in nats per token."""
     if name not in sensitivity.sites:
-        raise UsageError(f"the sensitivity of layer {name!r} was not measured; measure it without --include or --exclude")
+        raise UsageError(f"the sensitivity of layer {name!r} was not measured; measure all layers")
     measured = sensitivity.sites[name]
     return max(measured.kl, 0.0) / len(measured.group)
 

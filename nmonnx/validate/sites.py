@@ -199,7 +199,8 @@ def _multiply(probe: _Probe, site: Site | None) -> None:
         return
     x = np.concatenate(probe.before)[:_ROWS].astype(np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
-        lost, whole = (np.linalg.norm(rows.astype(np.float64)) for rows in ((x - probe.computes_with(x)) @ weight, x @ weight))
+        products = ((x - probe.computes_with(x)) @ weight, x @ weight)
+        lost, whole = (np.linalg.norm(rows.astype(np.float64)) for rows in products)
     probe.error = relative(float(lost), float(whole))
     if probe.fused:
         probe.excess = _excess(probe, weight)
