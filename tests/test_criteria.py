@@ -13,9 +13,7 @@ from nmonnx.stats import Seen
 
 torch = pytest.importorskip("torch", reason="the reference formulas are written in torch")
 
-WEIGHTS = hnp.arrays(
-    np.float32, st.tuples(st.integers(1, 24), st.integers(1, 12)), elements=st.floats(-4, 4, width=16)
-)
+WEIGHTS = hnp.arrays(np.float32, st.tuples(st.integers(1, 24), st.integers(1, 12)), elements=st.floats(-4, 4, width=16))
 
 
 def seen(x: np.ndarray) -> Seen:

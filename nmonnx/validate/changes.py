@@ -31,6 +31,7 @@ class Explained:
     inserted  the ops themselves, and constants that they alone read
     removed   nodes that only served a fused layer
     rewired   (node, input) -> tensors that a layer may read there instead of its activation
+    replaced  tensors of the original that a declared constant stands for
     added     new constants of ops: declared, or saying what leaving the input out says
     fallbacks functions that say in stock ops what the ops do
     read      activations; what value_info says of their shapes is a hint that may go
@@ -39,6 +40,7 @@ class Explained:
     def __init__(self, old: Scopes, new: Scopes, changed: dict[str, tuple[str, str]]) -> None:
         self.old, self.new = old, new
         self.changed = changed
+        self.replaced: set[str] = set()
         self.fused: set[Key] = set()
         self.inserted: set[Key] = set()
         self.removed: set[Key] = set()
@@ -87,8 +89,8 @@ class Explained:
         return bool(reads) and not is_output and all((s.path, label(n)) in self.removed for s, n in reads)
 
     def allows_removal(self, scope: str, name: str) -> bool:
-        """Whether an initializer may be gone: it was repacked under another name."""
-        return name in {source for source, _ in self.changed.values()}
+        """Whether an initializer may be gone: it was repacked under another name, or a constant took its place."""
+        return name in {source for source, _ in self.changed.values()} or name in self.replaced
 
 
 def unexplained(edits: Sequence[Edit], explained: Explained) -> dict[str, list[str]]:

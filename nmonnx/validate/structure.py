@@ -177,6 +177,7 @@ class _Structure:
             declared = self.claims.constants.get(key[1])
             if values is not None and declared is not None and declared[:2] == (slot, array_sha256(values)):
                 self.explained.added.add(key)
+                self.explained.replaced.add(declared[2])
             elif values is None or not _is_neutral(values, slot):
                 yield f"input {slot} of op {label(node)!r} ({key[1]!r}) is new and does something"
             else:

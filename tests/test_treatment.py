@@ -1,0 +1,215 @@
+"""Criteria, orders, shifts and mixed patterns in whole models: against numpy, the fallback functions and validation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from small_models import mlp, model, weights, write
+
+from nmonnx.convert import Conversion, convert
+from nmonnx.digest import file_sha256
+from nmonnx.errors import UsageError
+from nmonnx.feeds import Feed
+from nmonnx.graph import load
+from nmonnx.library import make_session
+from nmonnx.pattern import Pattern
+from nmonnx.recipe import Recipe
+from nmonnx.sites import find_sites
+from nmonnx.stats import Seen, Stats
+from nmonnx.validate import validate
+
+ZOO = Path(__file__).parent.parent.parent / "shared" / "zoo"
+
+BAKED = ("mixtral-ts-fp32", "gptoss-ts-fp32")
+
+BASE = Recipe(pattern=Pattern(4, 8), kernel="fused")
+RECIPES = {
+    "wina": replace(BASE, criterion="wina"),
+    "amber separate": replace(BASE, criterion="amber", share="separate"),
+    "pcs": replace(BASE, criterion="pcs"),
+    "order": replace(BASE, order="deal"),
+    "s-pts": replace(BASE, mitigations=("s-pts",)),
+    "s-pts-scalar": replace(BASE, mitigations=("s-pts-scalar",)),
+    "all": replace(BASE, criterion="sqrt-wina", order="deal", mitigations=("s-pts",), share="separate"),
+    "prune only": replace(BASE, criterion="wina", order="deal", kernel="prune"),
+}
+
+
+def stats_of(path: Path, seed: int = 0) -> Stats:
+    """Statistics as if from calibration, of random activations."""
+    rng = np.random.default_rng(seed)
+
+    def seen(k: int) -> Seen:
+        x = (rng.standard_normal((64, k)) * rng.uniform(0.1, 4, k) + rng.standard_normal(k)).astype(np.float32)
+        rms = np.sqrt(np.square(x).mean(axis=0))
+        return Seen(64, x.mean(axis=0), rms, np.abs(x).max(axis=0), float(np.median(x)), x.astype(np.float16))
+
+    return Stats({site.name: seen(site.k) for site in find_sites(load(path)).sites}, file_sha256(path), "random")
+
+
+def branches() -> onnx.ModelProto:
+    """Two layers on one activation, one of them with a bias; one weight has two readers, one bias too."""
+    return model(
+        """branches (float[t, 32] x) => (float[t, 24] y, float[t, 24] z, float[24] kept) {
+            a = Gemm(x, w, bias)
+            b = MatMul(x, v)
+            y = Add(a, b)
+            c = Tanh(y)
+            d = MatMul(c, s)
+            e = Sin(y)
+            z = Gemm(e, s, bias)
+            kept = Identity(bias)
+        }""",
+        w=weights(32, 24, seed=3),
+        v=weights(32, 24, seed=4),
+        s=weights(24, 24, seed=5),
+        bias=weights(24, seed=6),
+    )
+
+
+def converted(tmp_path: Path, proto: onnx.ModelProto, recipe: Recipe) -> tuple[Path, Path, Conversion]:
+    source = write(proto, tmp_path / "model.onnx")
+    stats = stats_of(source) if recipe.needs else None
+    done = convert(source, tmp_path / "sparse.onnx", recipe, stats=stats)
+    assert done.out is not None
+    return source, done.out, done
+
+
+def kept(x: np.ndarray, done: Conversion, site: str) -> np.ndarray:
+    """What a layer computes with, token by token and group by group: shift + pruned (x - shift)."""
+    treatment = done.plan.treatments[site]
+    n, m = treatment.pattern.n, treatment.pattern.m
+    k = x.shape[-1]
+    scale = np.ones(k) if treatment.scale is None else treatment.scale
+    shift = np.zeros(k) if treatment.shift is None else np.broadcast_to(treatment.shift, k)
+    order = np.arange(k) if treatment.order is None else treatment.order
+    out = np.broadcast_to(shift, x.shape).astype(np.float64).copy()
+    for row, token in zip(out, x, strict=True):
+        score = np.abs(token - shift) * scale
+        for start in range(0, k, m):
+            group = order[start : start + m]
+            best = group[np.argsort(-score[group], kind="stable")[:n]]
+            row[best] = token[best]
+    return out
+
+
+@pytest.mark.parametrize("library", [True, False], ids=["kernel", "fallback"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_converted_model_computes_what_the_formulas_say(tmp_path: Path, name: str, library: bool) -> None:
+    source, out, done = converted(tmp_path, mlp(), RECIPES[name])
+    up, down = (onnx.numpy_helper.to_array(t).astype(np.float64) for t in onnx.load(source).graph.initializer)
+    x = np.random.default_rng(7).standard_normal((5, 32)).astype(np.float32)
+    first, second = (site.name for site in done.selection.chosen)
+    hidden = np.maximum(kept(x, done, first) @ up, 0)
+    want = kept(hidden.astype(np.float32), done, second) @ down
+    got = make_session(out, library=library).run(None, {"x": x[None]})[0][0]
+    np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_shared_weights_and_biases_stay_and_validation_agrees(tmp_path: Path, name: str) -> None:
+    source, out, _ = converted(tmp_path, branches(), RECIPES[name])
+    report = validate(source, out, feeds=[Feed("x", {"x": weights(9, 32, seed=8)})])
+    assert [c.name for c in report.checks if not c.passed] == []
+    feed = {"x": weights(9, 32, seed=9)}
+    before, after = (make_session(path).run(["kept"], feed)[0] for path in (source, out))
+    assert before.tobytes() == after.tobytes()
+
+
+@pytest.mark.parametrize("name", ["s-pts", "s-pts-scalar", "all"])
+def test_a_shift_is_made_up_for_exactly_when_every_channel_is_kept(tmp_path: Path, name: str) -> None:
+    source, out, _ = converted(tmp_path, branches(), replace(RECIPES[name], pattern=Pattern(8, 8)))
+    feed = {"x": weights(9, 32, seed=10)}
+    for dense, sparse in zip(*(make_session(path).run(None, feed) for path in (source, out)), strict=True):
+        np.testing.assert_allclose(sparse, dense, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_without_a_bias_to_fold_into_loses_its_shift_and_is_told(tmp_path: Path) -> None:
+    proto = model(
+        """left (float[t, 32] x) => (float[t, 24] y, float[24, 32] w_out) {
+            wt = Transpose <perm = [1, 0]> (w)
+            y = MatMul(x, wt)
+            w_out = Sin(w)
+        }""",
+        w=weights(24, 32),
+    )
+    source, out, done = converted(tmp_path, proto, RECIPES["s-pts"])
+    fold = next(p for p in done.passes if p.name == "fold-shift")
+    assert "prune-only" in "".join(fold.left.values())
+    report = validate(source, out, feeds=[Feed("x", {"x": weights(4, 32)})])
+    assert all(c.passed for c in report.checks)
+
+
+def test_a_constant_that_was_changed_after_the_conversion_is_seen(tmp_path: Path) -> None:
+    source, out, _ = converted(tmp_path, mlp(), RECIPES["wina"])
+    proto = onnx.load(out)
+    scale = next(t for t in proto.graph.initializer if t.name.endswith("/scale"))
+    scale.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale) * np.float32(0.5), scale.name))
+    onnx.save(proto, out)
+    report = validate(source, out, feeds=[Feed("x", {"x": weights(1, 4, 32)})])
+    assert any("is new and does something" in c.detail for c in report.checks if not c.passed)
+
+
+def test_patterns_of_single_layers(tmp_path: Path) -> None:
+    recipe = Recipe.from_dict({"pattern": "4:8", "patterns": {"*down*": "6:8"}, "kernel": "fused"})
+    assert Recipe.from_dict(__import__("json").loads(recipe.to_json())) == recipe
+    source, out, done = converted(tmp_path, mlp(), recipe)
+    assert [r["pattern"] for r in done.records] == ["4:8", "6:8"]
+    report = validate(source, out, feeds=[Feed("x", {"x": weights(1, 4, 32)})])
+    assert all(c.passed for c in report.checks)
+
+
+def test_a_vector_of_ones_own(tmp_path: Path) -> None:
+    source = write(mlp(), tmp_path / "model.onnx")
+    names = {site.name: site.k for site in find_sites(load(source)).sites}
+    np.savez(tmp_path / "c.npz", **{name: np.arange(1, k + 1, dtype=np.float32) for name, k in names.items()})
+    done = convert(source, tmp_path / "own.onnx", replace(BASE, criterion=str(tmp_path / "c.npz")))
+    for name, k in names.items():
+        np.testing.assert_allclose(done.plan.treatments[name].scale, np.arange(1, k + 1) / k, rtol=1e-6)
+    np.savez(tmp_path / "c.npz", other=np.ones(3))
+    with pytest.raises(UsageError, match="it must hold"):
+        convert(source, tmp_path / "own2.onnx", replace(BASE, criterion=str(tmp_path / "c.npz")))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"criterion": "best"}, "criterion 'best' is not one of act"),
+        ({"mitigations": ["s-pts", "s-pts-scalar"]}, "two choices of one shift"),
+        ({"mitigations": "s-pts", "kernel": "prune"}, "needs a bias"),
+        ({"patterns": {"q": "4:8"}, "allocate": "forward"}, "exclude each other"),
+        ({"patterns": ["4:8"]}, "must map selectors to patterns"),
+    ],
+)
+def test_recipes_that_do_not_compose_are_refused(data: dict, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        Recipe.from_dict(data)
+
+
+def test_what_the_recipe_needs_is_asked_for(tmp_path: Path) -> None:
+    source = write(mlp(), tmp_path / "model.onnx")
+    with pytest.raises(UsageError, match="needs --stats"):
+        convert(source, None, replace(BASE, order="deal"))
+    foreign = replace(stats_of(source), source="0" * 64)
+    with pytest.raises(UsageError, match="measured on a model with SHA-256 000000000000"):
+        convert(source, None, replace(BASE, order="deal"), stats=foreign)
+
+
+@pytest.mark.skipif(not ZOO.is_dir(), reason="the zoo of exported graphs is not beside this checkout")
+@pytest.mark.parametrize("path", sorted(ZOO.rglob("*.onnx"))[::9], ids=lambda p: p.stem)
+def test_the_zoo_with_every_constant(tmp_path: Path, path: Path) -> None:
+    recipe = replace(RECIPES["all"], kernel="auto", pattern=Pattern(8, 16))
+    if path.parent.name in BAKED:
+        pytest.skip("its trace fixed which tokens go to which expert, so it runs with no other activations")
+    try:
+        convert(path, tmp_path / "act.onnx", Recipe())
+    except UsageError:
+        pytest.skip("nothing to prune in it")
+    convert(path, tmp_path / "all.onnx", recipe, stats=stats_of(path))
+    plain, report = (validate(path, tmp_path / name) for name in ("act.onnx", "all.onnx"))
+    failed = {c.name: c.detail for c in report.checks if not c.passed}
+    assert failed.keys() <= {c.name for c in plain.checks if not c.passed}, failed
