@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from nmonnx.sites import AT_RUN_TIME, Found, Selection, converted_with, find_sit
 from nmonnx.treatment import Plan, plan
 
 if TYPE_CHECKING:
-    from nmonnx.sensitivity import Sensitivity
+    from nmonnx.sensitivity_record import Sensitivity
     from nmonnx.stats import Stats
 
 SIDECARS = (
@@ -75,6 +75,16 @@ def convert(
     Raises InputError when the source is not a usable model, UsageError when the recipe does not fit it, when what it
     needs is missing or comes from another model, or a file is in the way, ModelError when writing fails.
     """
+    model, done = rewrite(source, recipe, stats, sensitivity)
+    if out is None:
+        return done
+    return replace(done, out=save(model, out, overwrite, _sidecars(model.path, Path(out))))
+
+
+def rewrite(
+    source: str | Path, recipe: Recipe, stats: Stats | None = None, sensitivity: Sensitivity | None = None
+) -> tuple[Model, Conversion]:
+    """The edited model that `convert` writes, not written yet. Raises InputError and UsageError as `convert` does."""
     model = load(source)
     earlier = converted_with(model) or _recipe_in(model)
     if earlier:
@@ -86,8 +96,7 @@ def convert(
     planned = plan(recipe, found, selection.chosen, stats, sensitivity)
     results = run(pipeline(recipe, planned, selection.left), model, selection.chosen)
     records = tuple(json.loads(model.metadata["nmonnx.sites"]))
-    written = save(model, out, overwrite, _sidecars(model.path, Path(out))) if out is not None else None
-    return Conversion(Path(source), recipe, found, selection, planned, tuple(results), records, written)
+    return model, Conversion(Path(source), recipe, found, selection, planned, tuple(results), records, None)
 
 
 def converted_records(model: Model) -> list[dict] | None:

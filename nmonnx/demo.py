@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nmonnx.convert import Conversion, convert
 from nmonnx.decoder import Decoder
@@ -21,6 +18,7 @@ from nmonnx.generate import Generation, generate
 from nmonnx.models import build
 from nmonnx.models.smollm2 import find_smollm2
 from nmonnx.perplexity import Perplexity, perplexity
+from nmonnx.progress import Step, progress_bar
 from nmonnx.recipe import Recipe
 from nmonnx.text import encode, load_tokenizer, read_text
 from nmonnx.validate import Report as Validation
@@ -28,7 +26,6 @@ from nmonnx.validate import validate
 
 BUNDLED_TEXT = "northanger_abbey.txt"
 WINDOW = 1024
-Step = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -126,14 +123,3 @@ def _seconds(decoder: Decoder, prompt: np.ndarray, steps: int) -> tuple[float, f
 def _speed(seconds: list[tuple[float, float]], tokens: int) -> Speed:
     dense, sparse = (tokens / statistics.median(column) for column in zip(*seconds, strict=True))
     return Speed(dense, sparse, statistics.median(s / d for d, s in seconds), len(seconds))
-
-
-@contextmanager
-def progress_bar(words: Console, title: str) -> Iterator[Step]:
-    """A progress bar with the time left; `step(done, total)` moves it."""
-    share = TextColumn("{task.percentage:3.0f}%")
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), share, TimeRemainingColumn(), console=words
-    ) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

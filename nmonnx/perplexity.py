@@ -49,7 +49,7 @@ def perplexity(
     Raises InputError for texts below two tokens or token ids beyond the model's vocabulary."""
     tokens = np.asarray(tokens)
     stride = stride or window
-    starts, window = _windows(tokens, window, stride, max_windows, decoder)
+    starts, window = cut_windows(tokens, window, stride, max_windows, decoder)
     sums: list[float] = []
     counts: list[int] = []
     for first in range(0, len(starts), batch):
@@ -84,9 +84,10 @@ def window_losses(decoder: Decoder, rows: np.ndarray) -> np.ndarray:
     return losses
 
 
-def _windows(
+def cut_windows(
     tokens: np.ndarray, window: int, stride: int, max_windows: int | None, decoder: Decoder
 ) -> tuple[list[int], int]:
+    """Where the windows of `tokens` [T] start, and their length. Raises as `perplexity` does."""
     if window < 2 or not 1 <= stride <= window:
         raise UsageError(f"window {window} must be at least 2 and stride {stride} between 1 and the window")
     if max_windows is not None and max_windows < 1:

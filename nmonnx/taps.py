@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from onnx import ModelProto
 
-from nmonnx.errors import ModelError, RunError
+from nmonnx.errors import RunError
 from nmonnx.feeds import Signature, signature
 from nmonnx.feeds.sample import explain
-from nmonnx.library import register
-from nmonnx.tensors import TensorReader, all_tensors, is_external
-
-_FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
-_FOLDER_OPTION_SINCE = (1, 21)
+from nmonnx.skeleton import open_skeleton, point_at_files
+from nmonnx.tensors import TensorReader
 
 
 class Tapped:
@@ -45,14 +40,9 @@ class Tapped:
         options.log_severity_level = 4
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
-        root = _data_root(onnxruntime.__version__)
-        if root == Path(root.anchor):
-            options.add_session_config_entry(_FOLDER_OPTION, str(root))
-        _point_at_files(copy, reader, root)
-        _register(options)
+        point_at_files(copy, reader)
         try:
-            serialized = copy.SerializeToString()
-            self._session = onnxruntime.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
+            self._session = open_skeleton(copy, options)
         except Exception as e:
             raise RunError(f"{path} with its inner tensors as outputs does not load: {explain(e)}") from e
 
@@ -82,25 +72,3 @@ class Tapped:
         except Exception as e:
             raise RunError(f"{self._path} failed while it ran: {explain(e)}") from e
         return {**{n: arrays[n] for n in names if n in self._inputs}, **dict(zip(wanted, values, strict=True))}
-
-
-def _data_root(version: str) -> Path:
-    """The folder that ONNX Runtime takes data locations of a model given as bytes from: one that we name (the root,
-    so that any file can be named), in older releases the current one."""
-    major, minor = (int(part) for part in version.split(".")[:2])
-    here = Path(os.getcwd())
-    return Path(here.anchor) if (major, minor) >= _FOLDER_OPTION_SINCE else here
-
-
-def _point_at_files(proto: ModelProto, reader: TensorReader, root: Path) -> None:
-    for tensor in all_tensors(proto):
-        if is_external(tensor):
-            file, _, _ = reader.span(tensor)
-            for entry in tensor.external_data:
-                if entry.key == "location":
-                    entry.value = os.path.relpath(file, root)
-
-
-def _register(options) -> None:  # type: ignore[no-untyped-def]
-    with suppress(ModelError):  # without the library the model's fallback functions run
-        register(options)

@@ -19,7 +19,7 @@ from nmonnx.reference import keep_mask
 from nmonnx.sites import Found, Site, matching
 
 if TYPE_CHECKING:
-    from nmonnx.sensitivity import Sensitivity
+    from nmonnx.sensitivity_record import Sensitivity
     from nmonnx.stats import Seen, Stats
 
 _LEAST_SHARE = 4

@@ -16,7 +16,7 @@ from nmonnx.report import Report, check_format, table
 
 if TYPE_CHECKING:
     from nmonnx.convert import Conversion
-    from nmonnx.sensitivity import Sensitivity
+    from nmonnx.sensitivity_record import Sensitivity
     from nmonnx.stats import Stats
 
 
@@ -125,7 +125,7 @@ def command(
 
 
 def _measured(stats: Path | None, sensitivity: Path | None) -> tuple[Stats | None, Sensitivity | None]:
-    from nmonnx.sensitivity import Sensitivity
+    from nmonnx.sensitivity_record import Sensitivity
     from nmonnx.stats import Stats
 
     return Stats.load(stats) if stats else None, Sensitivity.load(sensitivity) if sensitivity else None
