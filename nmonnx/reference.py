@@ -12,16 +12,30 @@ def prune(
     scale: np.ndarray | None = None,
     shift: np.ndarray | None = None,
     order: np.ndarray | None = None,
+    variance: bool = False,
 ) -> np.ndarray:
     """Pruned x - shift, in the shape and type of `x` [..., K] (float16, float32 or float64).
 
     Of every `group` consecutive channels of the last axis the `keep` with the largest |x - shift| * scale stay,
     the others become +0. `scale` and `shift` are [K] or [1]; `order` [K] is a permutation along which the groups
-    are cut. Kept values are bit-exact when there is no shift.
+    are cut. Kept values are bit-exact when there is no shift. `variance` multiplies them by `variance_ratio`.
     """
-    mask = keep_mask(x, keep, group, scale, shift, order)
-    z = x if shift is None else _shifted(x, shift).astype(x.dtype)
-    return np.where(mask, z, np.zeros((), x.dtype))
+    z, pruned = _prune(x, keep, group, scale, shift, order)
+    if not variance:
+        return pruned
+    with np.errstate(over="ignore"):
+        return (_wide(pruned) * variance_ratio(z, pruned)).astype(x.dtype)
+
+
+def variance_ratio(z: np.ndarray, pruned: np.ndarray) -> np.ndarray:
+    """nu = sqrt(Var[z] / Var[pruned]) of each token as float32 [..., 1], at most 4; 1 where there is no such number.
+
+    Alanova et al., arXiv 2509.22166, Eq. 5. The variances are over all channels, in float64.
+    """
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        before, after = (_squared_deviation(v.astype(np.float64)) for v in (z, pruned))
+        ratio = np.sqrt(before / after)
+    return np.where(np.isfinite(ratio), np.minimum(ratio, 4), 1).astype(np.float32)
 
 
 def keep_mask(
@@ -67,10 +81,35 @@ def prune_matmul(
     scale: np.ndarray | None = None,
     shift: np.ndarray | None = None,
     order: np.ndarray | None = None,
+    variance: bool = False,
 ) -> np.ndarray:
-    """prune(x) [..., K] @ weight [K, N] + bias [N] as float64 [..., N]."""
-    y = prune(x, keep, group, scale, shift, order).astype(np.float64) @ weight.astype(np.float64)
+    """nu * (prune(x) [..., K] @ weight [K, N]) + bias [N] as float64 [..., N]; nu is 1 without `variance`."""
+    z, pruned = _prune(x, keep, group, scale, shift, order)
+    y = pruned.astype(np.float64) @ weight.astype(np.float64)
+    if variance:
+        y = y * variance_ratio(z, pruned)
     return y if bias is None else y + bias
+
+
+def _prune(
+    x: np.ndarray,
+    keep: int,
+    group: int,
+    scale: np.ndarray | None,
+    shift: np.ndarray | None,
+    order: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """z = x - shift in the type of `x`, and z where it is kept."""
+    mask = keep_mask(x, keep, group, scale, shift, order)
+    z = x if shift is None else _shifted(x, shift).astype(x.dtype)
+    return z, np.where(mask, z, np.zeros((), x.dtype))
+
+
+def _squared_deviation(values: np.ndarray) -> np.ndarray:
+    if not values.shape[-1]:
+        return np.zeros((*values.shape[:-1], 1))
+    off = values - values.mean(axis=-1, keepdims=True)
+    return (off * off).sum(axis=-1, keepdims=True)
 
 
 def _scores(x: np.ndarray, scale: np.ndarray | None, shift: np.ndarray | None) -> np.ndarray:
@@ -80,8 +119,12 @@ def _scores(x: np.ndarray, scale: np.ndarray | None, shift: np.ndarray | None) -
 
 
 def _shifted(x: np.ndarray, shift: np.ndarray | None) -> np.ndarray:
-    wide = x.astype(np.float32) if x.dtype == np.float16 else x
+    wide = _wide(x)
     if shift is None:
         return wide
     with np.errstate(invalid="ignore", over="ignore"):
         return wide - shift.astype(wide.dtype)
+
+
+def _wide(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float32) if x.dtype == np.float16 else x

@@ -26,6 +26,7 @@ class Body:
     tail       rows that do not divide into groups
     criterion  which of scale, shift and order the nodes bring
     bias       whether the `NMMatMul` nodes bring a bias
+    variance   whether a node asks for the variance; then every node must have the attribute
     """
 
     opset: int
@@ -33,6 +34,12 @@ class Body:
     tail: bool = False
     criterion: frozenset[str] = frozenset()
     bias: bool = False
+    variance: bool = False
+
+    @property
+    def choices(self) -> list[str]:
+        """Attributes that say 0 or not at all where a node does not need them."""
+        return ["variance"] if self.variance else []
 
     def refusal(self, patterns: int) -> str:
         """Why the opset cannot express this with so many patterns; "" when it can."""
@@ -45,26 +52,34 @@ class Body:
         if self.opset < CAST_LIKE_OPSET and self.criterion:
             words = " and ".join(sorted(self.criterion))
             return f"opset {self.opset} cannot express {words} in a fallback function; {CAST_LIKE_OPSET} can"
+        if self.opset < CAST_LIKE_OPSET and self.choices:
+            words = " and ".join(self.choices)
+            return f"opset {self.opset} cannot correct the {words} in a fallback function; {CAST_LIKE_OPSET} can"
         return ""
 
 
 def prune_function(body: Body) -> str:
     """`NMPrune` in ONNX text."""
-    return _function("NMPrune", ["x", *_criterion_inputs(body)], _prune(body, "y"), body.opset)
+    lines = _prune(body, "selection" if body.variance else "y")
+    if body.variance:
+        lines += [*_ratio(body.opset), *_rescaled("selection", "y")]
+    return _function("NMPrune", ["x", *_criterion_inputs(body)], lines, body)
 
 
 def matmul_function(body: Body) -> str:
-    """`NMMatMul` in ONNX text: the prune, a MatMul and, if there is a bias, an Add."""
+    """`NMMatMul` in ONNX text: the prune, a MatMul, the corrections and, if there is a bias, an Add."""
     lines = _prune(body, "pruned")
     weight = "W"
     if body.opset >= CAST_LIKE_OPSET:
         lines.append("weight = CastLike(W, x)")
         weight = "weight"
-    lines.append(f"{'product' if body.bias else 'y'} = MatMul(pruned, {weight})")
+    lines.append(f"{'product' if body.bias or body.variance else 'y'} = MatMul(pruned, {weight})")
+    if body.variance:
+        lines += [*_ratio(body.opset), *_rescaled("product", "corrected" if body.bias else "y")]
     if body.bias:
-        lines.append("y = Add(product, bias)")
+        lines.append(f"y = Add({'corrected' if body.variance else 'product'}, bias)")
     middle = ["bias"] if body.bias or body.criterion else []
-    return _function("NMMatMul", ["x", "W", *middle, *_criterion_inputs(body)], lines, body.opset)
+    return _function("NMMatMul", ["x", "W", *middle, *_criterion_inputs(body)], lines, body)
 
 
 def _criterion_inputs(body: Body) -> list[str]:
@@ -214,6 +229,54 @@ def _cut_rows() -> list[str]:
     ]
 
 
-def _function(op: str, inputs: list[str], lines: list[str], opset: int) -> str:
-    head = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{op} <keep, group> ({", ".join(inputs)}) => (y)'
+def _ratio(opset: int) -> list[str]:
+    """`nu` of each token, for multiplication with a tensor of as many axes as x; 1 where @variance is 0."""
+    zero_ok = "<allowzero = 1> " if opset >= ALLOW_ZERO_OPSET else ""
+    return [
+        "asked_0 = Constant <value_int: int = @variance> ()",
+        "asked = Cast <to = 9> (asked_0)",
+        "channels_f = Cast <to = 11> (channels)",
+        *_squared_deviation("all", "rows_x"),
+        *_squared_deviation("some", "rows_y"),
+        "ratio_2 = Div(all_sum, some_sum)",
+        "ratio = Sqrt(ratio_2)",
+        # NaN and infinity are not below the bound
+        "infinite = Constant <value = double[1] {1.7e308}> ()",
+        "is_number = Less(ratio, infinite)",
+        "corrects = And(is_number, asked)",
+        "highest = Constant <value = double[1] {4}> ()",
+        "neutral = Constant <value = double[1] {1}> ()",
+        "capped = Min(ratio, highest)",
+        "nu_exact = Where(corrects, capped, neutral)",
+        "nu_float = Cast <to = 1> (nu_exact)",
+        "nu_rows = Cast <to = 11> (nu_float)",
+        "leading = Slice(shape, nought, last, nought)",
+        "token_shape = Concat <axis = 0> (leading, one)",
+        f"nu = Reshape {zero_ok}(nu_rows, token_shape)",
+    ]
+
+
+def _squared_deviation(name: str, rows: str) -> list[str]:
+    """In two passes and in double, so that a large mean does no harm."""
+    return [
+        f"{name}_rows = Cast <to = 11> ({rows})",
+        f"{name}_total = ReduceSum({name}_rows, one)",
+        f"{name}_mean = Div({name}_total, channels_f)",
+        f"{name}_off = Sub({name}_rows, {name}_mean)",
+        f"{name}_off_2 = Mul({name}_off, {name}_off)",
+        f"{name}_sum = ReduceSum({name}_off_2, one)",
+    ]
+
+
+def _rescaled(name: str, y: str) -> list[str]:
+    return [
+        f"{name}_exact = Cast <to = 11> ({name})",
+        f"{name}_nu = Mul({name}_exact, nu)",
+        f"{y} = CastLike({name}_nu, x)",
+    ]
+
+
+def _function(op: str, inputs: list[str], lines: list[str], body: Body) -> str:
+    options = ", ".join(["keep", "group", *body.choices])
+    head = f'<domain: "{DOMAIN}", opset_import: ["" : {body.opset}]>\n{op} <{options}> ({", ".join(inputs)}) => (y)'
     return head + "\n{\n" + "\n".join(f"  {line}" for line in lines) + "\n}"

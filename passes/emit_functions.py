@@ -32,7 +32,8 @@ class EmitFunctions:
     1. ONNX Runtime takes the registered kernel where there is one, and inlines the function where there is none.
     2. The bodies use the model's own opset and only stock ops; kept values pass bit for bit, ties go to the lowest
        index, NaN ranks above infinity.
-    3. A body cannot ask whether an optional input is there: once one node brings it, every other gets a neutral one.
+    3. A body cannot ask whether an optional input or attribute is there: once one node brings it, every other gets a
+       neutral one.
     4. The bodies compute with the shape of the activation; where value_info fixes it to numbers, which ONNX Runtime
        would believe even if they are stale, that claim is dropped.
     5. fallback "none" leaves them out, unless an op lies inside a model-local function of the original, where ONNX
@@ -58,11 +59,14 @@ class EmitFunctions:
             tail=any(site.k % group for site in sites for _, group in patterns),
             criterion=frozenset(brought & set(CRITERION)),
             bias="bias" in brought,
+            variance=any(node.attrs.get("variance") for node in nodes),
         )
         reason = body.refusal(len(patterns))
         if reason:
             return PassResult(self.name, left={"model": reason})
         _complete_inputs(model, sites, brought)
+        for _, node in _custom_nodes(model):
+            node.attrs.update({choice: node.attrs.get(choice, 0) for choice in body.choices})
         texts = {"NMPrune": prune_function, "NMMatMul": matmul_function}
         model.functions.extend(onnx.parser.parse_function(texts[op](body)) for op in ops)
         model.shapeless.update(site.activation.name for site in sites if _claims_sizes(site))

@@ -105,7 +105,7 @@ def _fuse(model: Model, names: Names, site: Site, made_by: str) -> list[gs.Node]
     if weight.bias is not None or criterion:
         inputs.append(weight.bias or gs.Variable.empty())
     inputs += criterion
-    attrs = {"keep": prune.attrs["keep"], "group": prune.attrs["group"]}
+    attrs = {name: prune.attrs[name] for name in ("keep", "group", "variance") if name in prune.attrs}
     outputs = list(old.outputs)
     feeders = [producer for t in old.inputs for producer in t.inputs]
     old.outputs.clear()

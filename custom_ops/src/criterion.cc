@@ -66,9 +66,9 @@ size_t Pattern::KeptOf(size_t channels) const {
   return channels / g * k + std::min(k, channels % g);
 }
 
-Criterion ReadCriterion(const Call& call, size_t first, size_t channels) {
+Criterion ReadCriterion(const Call& call, size_t first, size_t channels, Correction correction) {
   return {ReadFactors(call, first, "scale", channels, 1.0f), ReadFactors(call, first + 1, "shift", channels, 0.0f),
-          ReadOrder(call, first + 2, channels)};
+          ReadOrder(call, first + 2, channels), correction};
 }
 
 Selector::Selector(const Kernels& kernels, Pattern pattern, const Criterion& criterion, size_t channels)

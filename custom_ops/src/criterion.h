@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "correction.h"
 #include "kernels/dispatch.h"
 #include "ort.h"
 
@@ -17,17 +18,18 @@ struct Pattern {
   size_t KeptOf(size_t channels) const;
 };
 
-// score = |x - shift| * scale, groups cut along `order`. Empty where it would change nothing.
+// score = |x - shift| * scale, groups cut along `order`; then the corrections. Empty where it would change nothing.
 struct Criterion {
   std::vector<float> scale;
   std::vector<float> shift;
   std::vector<uint32_t> order;
+  Correction correction;
 
-  bool IsPlain() const { return scale.empty() && shift.empty() && order.empty(); }
+  bool IsPlain() const { return scale.empty() && shift.empty() && order.empty() && !correction.variance; }
 };
 
 // Reads the optional inputs scale, shift and order, which start at input `first`, for `channels` channels.
-Criterion ReadCriterion(const Call& call, size_t first, size_t channels);
+Criterion ReadCriterion(const Call& call, size_t first, size_t channels, Correction correction);
 
 // Selects the channels of one token after another; one per thread.
 class Selector {

@@ -27,7 +27,7 @@ KeptLists::KeptLists(size_t tokens, size_t channels, size_t block_rows, Pattern 
     : pattern_(pattern), criterion_(criterion), tokens_(tokens), channels_(channels), block_rows_(block_rows),
       blocks_(std::max<size_t>(1, (channels + block_rows - 1) / block_rows)),
       capacity_(Capacity(channels, block_rows, pattern, criterion)), entries_(blocks_ * tokens * capacity_),
-      counts_(blocks_ * tokens) {}
+      counts_(blocks_ * tokens), ratios_(criterion.correction.variance ? tokens : 0) {}
 
 template <class T>
 void KeptLists::Fill(const Call& call, const Kernels& kernels, const T* x) {
@@ -38,7 +38,10 @@ void KeptLists::Fill(const Call& call, const Kernels& kernels, const T* x) {
     for (size_t t = task * tokens_per_task; t < end; ++t) {
       const T* token = x + t * channels_;
       const uint64_t* bits = selector.Select(token);
-      FillToken(token, criterion_.shift.empty() ? nullptr : selector.shifted(), bits, t);
+      const float* shifted = criterion_.shift.empty() ? nullptr : selector.shifted();
+      FillToken(token, shifted, bits, t);
+      if (!criterion_.correction.variance) continue;
+      ratios_[t] = VarianceRatio(channels_, bits, [=](size_t k) { return double{ValueOf(token, shifted, k)}; });
     }
   });
 }

@@ -23,6 +23,8 @@ class KeptLists {
   const Entry* Entries(size_t block, size_t token) const {
     return entries_.data() + (block * tokens_ + token) * capacity_;
   }
+  // What the product of a token is multiplied by; only where the criterion corrects the variance.
+  float Ratio(size_t token) const { return ratios_[token]; }
   size_t Count(size_t block, size_t token) const { return counts_[block * tokens_ + token]; }
   BlockEntries Block(size_t block) const {
     return {Entries(block, 0), counts_.data() + block * tokens_, capacity_, tokens_, block * block_rows_};
@@ -37,6 +39,7 @@ class KeptLists {
   size_t tokens_, channels_, block_rows_, blocks_, capacity_;
   std::vector<Entry> entries_;
   std::vector<uint32_t> counts_;
+  std::vector<float> ratios_;
 };
 
 }  // namespace nmonnx

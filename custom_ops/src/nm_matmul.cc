@@ -1,5 +1,6 @@
 // NMMatMul(x, W, bias?, scale?, shift?, order?) -> y: y = NMPrune(x) W + bias. Rows of W that no token keeps are
-// not read. W lies as ONNX stores it and is never copied.
+// not read. W lies as ONNX stores it and is never copied. Where the attribute `variance` asks for it, the product is
+// multiplied by nu before the bias is added.
 //
 // Which product runs depends on the number of tokens T in the call:
 //   T = 1     Gemv: 8 kept rows side by side
@@ -163,6 +164,15 @@ size_t BlockRows(Pattern pattern, size_t tokens, size_t channels) {
   return static_cast<size_t>(pattern.group) * CeilDiv(8, static_cast<size_t>(pattern.keep));
 }
 
+// y = nu y + bias, token by token, after the product.
+void Correct(const Call& call, const KeptLists& lists, size_t columns, const float* bias, float* y) {
+  call.ParallelFor(lists.tokens(), [&](size_t t) {
+    const float nu = lists.Ratio(t);
+    float* row = y + t * columns;
+    for (size_t n = 0; n < columns; ++n) row[n] = bias ? nu * row[n] + bias[n] : nu * row[n];
+  });
+}
+
 template <class T>
 void Multiply(const Call& call, const KeptLists& lists, const Weight<T>& w, const float* bias, float* y) {
   if (lists.tokens() < kPanelTokens) return FewTokens(call, lists, w, bias, y);
@@ -204,7 +214,7 @@ float* SumsIn(Half*, size_t count, Floats& scratch) {
 }
 
 template <class X, class W>
-void MatMul(const Call& call, Pattern pattern, const Kernels& kernels) {
+void MatMul(const Call& call, Pattern pattern, Correction correction, const Kernels& kernels) {
   const Tensor x = call.Input(0), weight = call.Input(1);
   if (x.dims.empty() || weight.dims.size() != 2 || x.dims.back() != weight.dims[0]) {
     throw Refusal("NMMatMul: x has shape " + ToString(x.dims) + " and W has shape " + ToString(weight.dims) +
@@ -215,7 +225,7 @@ void MatMul(const Call& call, Pattern pattern, const Kernels& kernels) {
   dims.back() = weight.dims[1];
   size_t tokens = 1;
   for (size_t i = 0; i + 1 < dims.size(); ++i) tokens *= static_cast<size_t>(dims[i]);
-  const Criterion criterion = ReadCriterion(call, 3, channels);
+  const Criterion criterion = ReadCriterion(call, 3, channels, correction);
   Floats bias_copy, scratch;
   const float* bias = ReadBias<X>(call, kernels.prune, columns, bias_copy);
   X* y = static_cast<X*>(call.Output(dims));
@@ -227,7 +237,8 @@ void MatMul(const Call& call, Pattern pattern, const Kernels& kernels) {
     KeptLists lists(some, channels, BlockRows(pattern, some, channels), pattern, criterion);
     lists.Fill(call, kernels, x.As<X>() + first * channels);
     float* sums = SumsIn(y + first * columns, some * columns, scratch);
-    Multiply(call, lists, w, bias, sums);
+    Multiply(call, lists, w, correction.variance ? nullptr : bias, sums);
+    if (correction.variance) Correct(call, lists, columns, bias, sums);
     Store(kernels.prune, sums, some * columns, y + first * columns);
   }
 }

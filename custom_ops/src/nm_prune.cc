@@ -1,4 +1,5 @@
-// NMPrune(x, scale?, shift?, order?) -> y: y is x - shift with all but the best channels of each group zero.
+// NMPrune(x, scale?, shift?, order?) -> y: y is x - shift with all but the best channels of each group zero,
+// times nu where the attribute `variance` asks for it.
 
 #include <algorithm>
 
@@ -47,6 +48,20 @@ void Shift(const PruneKernels&, const double* x, const float*, const std::vector
   for (size_t k = 0; k < shift.size(); ++k) y[k] = x[k] - static_cast<double>(shift[k]);
 }
 
+double Exact(float x) { return x; }
+double Exact(Half x) { return Widen(x); }
+double Exact(double x) { return x; }
+float Times(float x, float nu) { return x * nu; }
+Half Times(Half x, float nu) { return Narrow(Widen(x) * nu); }
+double Times(double x, float nu) { return x * static_cast<double>(nu); }
+
+// The kept values of z times nu, which may lie where z does.
+template <class T>
+void Rescale(const T* z, const uint64_t* bits, size_t channels, T* y) {
+  const float nu = VarianceRatio(channels, bits, [z](size_t k) { return Exact(z[k]); });
+  for (size_t k = 0; k < channels; ++k) y[k] = Times(z[k], nu);
+}
+
 // Tokens do not matter where groups never cross them: `count` channels as one long token.
 template <class T>
 void PruneFlat(const Call& call, Pattern pattern, const Kernels& kernels, const T* x, size_t count, T* y) {
@@ -81,17 +96,21 @@ void PruneTokens(const Call& call, Pattern pattern, const Kernels& kernels, cons
         Shift(kernels.prune, from, selector.shifted(), criterion.shift, to);
         from = to;
       }
+      if (criterion.correction.variance) {
+        Rescale(from, bits, channels, to);
+        from = to;
+      }
       Apply(kernels.prune, from, bits, channels, to);
     }
   });
 }
 
 template <class T>
-void Prune(const Call& call, Pattern pattern, const Kernels& kernels) {
+void Prune(const Call& call, Pattern pattern, Correction correction, const Kernels& kernels) {
   const Tensor x = call.Input(0);
   if (x.dims.empty()) throw Refusal("NMPrune: x is a scalar; its last axis must be the channels");
   const size_t channels = static_cast<size_t>(x.dims.back());
-  const Criterion criterion = ReadCriterion(call, 1, channels);
+  const Criterion criterion = ReadCriterion(call, 1, channels, correction);
   T* y = static_cast<T*>(call.Output(x.dims));
   const size_t count = x.Count();
   if (count == 0) return;

@@ -15,7 +15,7 @@ struct OpSpec {
   ONNXTensorElementDataType output;
   bool may_inplace;  // the output may overwrite input 0
   bool multiplies;   // the last dimension of the output is that of input 1
-  void (*compute)(const Call& call, Pattern pattern, const Kernels& kernels);
+  void (*compute)(const Call& call, Pattern pattern, Correction correction, const Kernels& kernels);
 };
 
 std::vector<OpSpec> PruneOps();

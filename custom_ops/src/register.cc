@@ -5,6 +5,7 @@
 #include <deque>
 #include <map>
 #include <mutex>
+#include <optional>
 
 #include "kernels/dispatch.h"
 #include "ops.h"
@@ -32,6 +33,7 @@ struct Op : OrtCustomOp {
 struct Kernel {
   const Op& op;
   const Pattern pattern;
+  const Correction correction;
 };
 
 // What one copy of ORT in the process, and one choice of kernels, needs. Sessions refer to it until the end of
@@ -47,14 +49,27 @@ struct Library {
 
 const Op& Self(const OrtCustomOp* op) { return *static_cast<const Op*>(op); }
 
-int64_t ReadAttribute(const Op& op, const OrtKernelInfo* info, const char* name) {
+std::optional<int64_t> FindAttribute(const Op& op, const OrtKernelInfo* info, const char* name) {
   int64_t value = 0;
   const Api& api = op.library.api;
-  if (OrtStatus* status = api.KernelInfoGetAttribute_int64(info, name, &value)) {
-    api.ReleaseStatus(status);
-    throw Refusal(std::string(op.spec.name) + ": the integer attribute '" + name + "' is missing");
-  }
-  return value;
+  OrtStatus* status = api.KernelInfoGetAttribute_int64(info, name, &value);
+  if (!status) return value;
+  api.ReleaseStatus(status);
+  return std::nullopt;
+}
+
+int64_t ReadAttribute(const Op& op, const OrtKernelInfo* info, const char* name) {
+  const std::optional<int64_t> value = FindAttribute(op, info, name);
+  if (!value) throw Refusal(std::string(op.spec.name) + ": the integer attribute '" + name + "' is missing");
+  return *value;
+}
+
+// An attribute that says 0 where it is absent.
+int64_t ReadChoice(const Op& op, const OrtKernelInfo* info, const char* name, int64_t highest) {
+  const int64_t value = FindAttribute(op, info, name).value_or(0);
+  if (value >= 0 && value <= highest) return value;
+  throw Refusal(std::string(op.spec.name) + ": the attribute '" + name + "' is " + std::to_string(value) +
+                "; it must be 0 to " + std::to_string(highest));
 }
 
 OrtStatus* CreateKernel(const OrtCustomOp* self, const OrtApi*, const OrtKernelInfo* info, void** kernel) {
@@ -67,15 +82,17 @@ OrtStatus* CreateKernel(const OrtCustomOp* self, const OrtApi*, const OrtKernelI
                     std::to_string(group) + " channels; 'group' must be 1 to " + std::to_string(kMaxGroup) +
                     " and 'keep' 1 to 'group'");
     }
-    *kernel = new Kernel{op, {static_cast<int>(keep), static_cast<int>(group)}};
+    const Correction correction{ReadChoice(op, info, "variance", 1) == 1};
+    *kernel = new Kernel{op, {static_cast<int>(keep), static_cast<int>(group)}, correction};
   });
 }
 
 OrtStatus* Compute(void* kernel, OrtKernelContext* context) {
   const Kernel& self = *static_cast<const Kernel*>(kernel);
   const Library& library = self.op.library;
-  return Guarded(library.api,
-                 [&] { self.op.spec.compute(Call(library.api, context), self.pattern, library.kernels); });
+  return Guarded(library.api, [&] {
+    self.op.spec.compute(Call(library.api, context), self.pattern, self.correction, library.kernels);
+  });
 }
 
 struct Shape {
