@@ -17,7 +17,8 @@ KERNELS = ("auto", "prune", "fused")
 FALLBACKS = ("function", "none")
 SHARES = ("joint", "separate")
 ORDERS = ("none", "deal")
-MITIGATIONS = ("s-pts", "s-pts-scalar")
+SHIFTS = ("s-pts", "s-pts-scalar")
+MITIGATIONS = (*SHIFTS, "var")
 ALLOCATIONS = ("uniform", "forward")
 DEFAULT_PATTERN = Pattern(8, 16)
 SCHEMA_VERSION = 1
@@ -43,8 +44,8 @@ class Recipe:
               each layer
     share     "joint": layers that read one activation share one prune, with a joint criterion; "separate": one each
     order     "deal": cut the groups of each layer along its channels dealt by calibrated rms; "none": as they lie
-    mitigations corrections folded into constants: "s-pts" (shift by the calibrated mean of each channel),
-              "s-pts-scalar" (by the mean over tokens of their median)
+    mitigations corrections: "s-pts" (shift by the calibrated mean of each channel, folded into biases),
+              "s-pts-scalar" (by the mean over tokens of their median), "var" (restore the variance of each token)
     allocate  "forward": a kept N for each layer, from its measured sensitivity, at the weight bytes of `pattern`;
               "uniform": the same N everywhere
     patterns  selector -> pattern of the layers that it matches, the last one wins; others have `pattern`
@@ -78,7 +79,7 @@ class Recipe:
             raise UsageError(f"mitigation {unknown[0]!r} is not one of {', '.join(MITIGATIONS)}")
         if {"s-pts", "s-pts-scalar"} <= set(self.mitigations):
             raise UsageError("mitigations s-pts and s-pts-scalar are two choices of one shift; give one of them")
-        if self.mitigations and self.kernel == "prune":
+        if set(SHIFTS) & set(self.mitigations) and self.kernel == "prune":
             raise UsageError("mitigation s-pts needs a bias to fold into, which kernel prune has not; use auto")
         if self.patterns and self.allocate != "uniform":
             raise UsageError("patterns for single layers and an allocation exclude each other; give one of them")
@@ -87,7 +88,7 @@ class Recipe:
     def needs(self) -> tuple[str, ...]:
         """What must be measured on the model first: "stats", "sensitivity"."""
         stats = self.order != "none" or self.allocate != "uniform" or self.criterion in CALIBRATED
-        stats = stats or bool(self.mitigations)
+        stats = stats or bool(set(SHIFTS) & set(self.mitigations))
         return ("stats",) * stats + ("sensitivity",) * (self.allocate == "forward")
 
     def to_json(self) -> str:

@@ -14,7 +14,7 @@ from nmonnx.criteria import Layer, channel_scale, normalised
 from nmonnx.errors import InputError, UsageError
 from nmonnx.grouping import deal
 from nmonnx.pattern import Pattern
-from nmonnx.recipe import Recipe
+from nmonnx.recipe import SHIFTS, Recipe
 from nmonnx.reference import keep_mask
 from nmonnx.sites import Found, Site, matching
 
@@ -29,12 +29,13 @@ _LEAST_SHARE = 4
 @dataclass(frozen=True, eq=False)
 class Treatment:
     """The constants of one prune, as in the op contract: `scale` [K] and `shift` [K] or [1], float32, and `order` [K],
-    int64; None where neutral."""
+    int64; None where neutral. `variance`: the op restores the variance of each token (VAR)."""
 
     pattern: Pattern
     scale: np.ndarray | None = None
     shift: np.ndarray | None = None
     order: np.ndarray | None = None
+    variance: bool = False
 
     def constants(self) -> dict[str, np.ndarray]:
         """The op's inputs, by name."""
@@ -79,8 +80,9 @@ def plan(
         except InputError as e:
             scale = None
             plain.update({site.name: str(e) for site in group})
-        treatment = Treatment(patterns.get(group[0].name, recipe.pattern), scale)
-        if recipe.mitigations:
+        variance = "var" in recipe.mitigations
+        treatment = Treatment(patterns.get(group[0].name, recipe.pattern), scale, variance=variance)
+        if set(SHIFTS) & set(recipe.mitigations):
             assert seen is not None
             treatment = replace(treatment, shift=_shift(recipe.mitigations, seen))
         if recipe.order == "deal":

@@ -51,7 +51,7 @@ class InsertPrune:
         prune = gs.Node(
             "NMPrune",
             names.fresh_node(f"{activation.name}/NMPrune"),
-            {"keep": treatment.pattern.n, "group": treatment.pattern.m},
+            _attributes(treatment),
             [activation, *_inputs(constants, sites[0], treatment)],
             [pruned],
             domain=DOMAIN,
@@ -61,6 +61,11 @@ class InsertPrune:
         for site in sites:
             for consumer, index in site.splice:
                 consumer.inputs[index] = pruned
+
+
+def _attributes(treatment: Treatment) -> dict[str, int]:
+    pattern = {"keep": treatment.pattern.n, "group": treatment.pattern.m}
+    return {**pattern, "variance": 1} if treatment.variance else pattern
 
 
 def _inputs(constants: Constants, site: Site, treatment: Treatment) -> list[gs.Tensor]:

@@ -22,6 +22,7 @@ from nmonnx.passes.bodies import Body, matmul_function, prune_function
 from nmonnx.pattern import Pattern
 from nmonnx.save import save
 from nmonnx.sites import find_sites
+from nmonnx.treatment import Treatment
 
 ORDER = {"NMPrune": ("x", "scale", "shift", "order"), "NMMatMul": ("x", "W", "bias", "scale", "shift", "order")}
 OTHER = {"scale": TensorProto.FLOAT, "shift": TensorProto.FLOAT, "order": TensorProto.INT64}
@@ -140,7 +141,7 @@ def test_where_one_node_is_corrected_the_others_stay_as_they_are(tmp_path: Path,
     """The first layer of two; with the library and without."""
     model = load(write(mlp(32, 48), tmp_path / "in.onnx"))
     sites = find_sites(model).sites
-    InsertPrune(Pattern(2, 4)).apply(model, sites)
+    InsertPrune({site.name: Treatment(Pattern(2, 4)) for site in sites}).apply(model, sites)
     first = next(node for node in model.graph.nodes if node.op == "NMPrune" and node.inputs[0].name == "x")
     first.attrs.update({name: value for name, value in as_attributes(correction).items() if value})
     FuseMatMul(kernel).apply(model, sites)

@@ -34,7 +34,9 @@ RECIPES = {
     "order": replace(BASE, order="deal"),
     "s-pts": replace(BASE, mitigations=("s-pts",)),
     "s-pts-scalar": replace(BASE, mitigations=("s-pts-scalar",)),
-    "all": replace(BASE, criterion="sqrt-wina", order="deal", mitigations=("s-pts",), share="separate"),
+    "var": replace(BASE, mitigations=("var",)),
+    "var prune only": replace(BASE, mitigations=("var",), kernel="prune"),
+    "all": replace(BASE, criterion="sqrt-wina", order="deal", mitigations=("s-pts", "var"), share="separate"),
     "prune only": replace(BASE, criterion="wina", order="deal", kernel="prune"),
 }
 
@@ -80,20 +82,23 @@ def converted(tmp_path: Path, proto: onnx.ModelProto, recipe: Recipe) -> tuple[P
 
 
 def kept(x: np.ndarray, done: Conversion, site: str) -> np.ndarray:
-    """What a layer computes with, token by token and group by group: shift + pruned (x - shift)."""
+    """What a layer computes with, token by token and group by group: shift + nu * pruned (x - shift)."""
     treatment = done.plan.treatments[site]
     n, m = treatment.pattern.n, treatment.pattern.m
     k = x.shape[-1]
     scale = np.ones(k) if treatment.scale is None else treatment.scale
     shift = np.zeros(k) if treatment.shift is None else np.broadcast_to(treatment.shift, k)
     order = np.arange(k) if treatment.order is None else treatment.order
-    out = np.broadcast_to(shift, x.shape).astype(np.float64).copy()
+    out = np.zeros(x.shape)
     for row, token in zip(out, x, strict=True):
         score = np.abs(token - shift) * scale
         for start in range(0, k, m):
             group = order[start : start + m]
             best = group[np.argsort(-score[group], kind="stable")[:n]]
-            row[best] = token[best]
+            row[best] = (token - shift)[best]
+        if treatment.variance and row.var() > 0:
+            row *= min((token - shift).std() / row.std(), 4)
+        row += shift
     return out
 
 

@@ -56,7 +56,7 @@ def command(
     ] = None,
     mitigation: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(help="s-pts or s-pts-scalar: shift by calibrated values, folded into biases. Repeatable."),
+        typer.Option(help="s-pts or s-pts-scalar: shift by calibrated values, folded into biases; var. Repeatable."),
     ] = None,
     allocate: Annotated[
         Optional[str],  # noqa: UP045

@@ -10,7 +10,7 @@ from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper
 
 from nmonnx.feeds.sample import explain
 from nmonnx.graph import DOMAIN
-from nmonnx.reference import prune
+from nmonnx.reference import prune, prune_matmul
 from nmonnx.sites import Site
 from nmonnx.validate.pair import SLOTS, Pair
 from nmonnx.validate.result import Check, counted
@@ -28,7 +28,8 @@ _GROUPS, _ROWS, _COLUMNS = 3, 32, 4
 
 @dataclass(frozen=True)
 class _Use:
-    """How the ops of a model use a function; what one trial stands for. `brought` are the inputs that an op gives."""
+    """How the ops of a model use a function; what one trial stands for. `brought` are the inputs that an op gives,
+    `variance` its attribute, None where it has none."""
 
     op: str
     keep: int
@@ -36,6 +37,7 @@ class _Use:
     tail: int
     elem: int
     brought: tuple[str, ...]
+    variance: int | None
 
 
 def check_fallback(pair: Pair, sites: Sequence[Site]) -> Check:
@@ -57,7 +59,7 @@ def _uses(pair: Pair, sites: Sequence[Site]) -> Iterator[_Use]:
             if node.domain == DOMAIN and site is not None and site.elem in _DTYPES and 0 < keep <= group:
                 given = zip(SLOTS.get(node.op_type, ()), node.input, strict=False)
                 brought = tuple(slot for slot, name in given if name)
-                yield _Use(node.op_type, keep, group, site.k % group, site.elem, brought)
+                yield _Use(node.op_type, keep, group, site.k % group, site.elem, brought, options.get("variance"))
 
 
 def _faults(model: ModelProto, function: FunctionProto, use: _Use) -> Iterator[str]:
@@ -100,6 +102,8 @@ def _trial(model: ModelProto, function: FunctionProto, use: _Use, arrays: dict[s
     node = NodeProto(op_type=use.op, domain=DOMAIN, name=use.op, output=["y"])
     node.input.extend(slot if slot in arrays else "" for slot in SLOTS.get(use.op, ())[: len(function.input)])
     node.attribute.extend([helper.make_attribute("keep", use.keep), helper.make_attribute("group", use.group)])
+    if use.variance is not None:
+        node.attribute.append(helper.make_attribute("variance", use.variance))
     inputs = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(a.dtype), [None] * a.ndim)
         for name, a in arrays.items()
@@ -122,7 +126,16 @@ def _run(trial: ModelProto, feed: dict[str, np.ndarray]) -> np.ndarray:
 
 def _agrees(got: np.ndarray, feed: dict[str, np.ndarray], use: _Use) -> bool:
     criterion = {slot: feed.get(slot) for slot in ("scale", "shift", "order")}
-    want = prune(feed["x"], use.keep, use.group, **criterion)
-    if use.op == "NMMatMul":  # small integers, so that every sum is exact
-        want = (want.astype(np.float64) @ feed["W"].astype(np.float64) + feed.get("bias", 0.0)).astype(want.dtype)
-    return got.dtype == want.dtype and np.array_equal(got, want, equal_nan=True)
+    variance = bool(use.variance)
+    if use.op == "NMPrune":
+        want = prune(feed["x"], use.keep, use.group, **criterion, variance=variance)
+    else:
+        exact = prune_matmul(
+            feed["x"], feed["W"], use.keep, use.group, feed.get("bias"), **criterion, variance=variance
+        )
+        want = exact.astype(feed["x"].dtype)
+    if not variance:  # small integers, so that every sum is exact
+        return got.dtype == want.dtype and np.array_equal(got, want, equal_nan=True)
+    unit = 8 * float(np.finfo(want.dtype).eps) + 64 * float(np.finfo(np.float32).eps)
+    largest = float(np.abs(want[np.isfinite(want)]).max(initial=0))
+    return got.dtype == want.dtype and np.allclose(got, want, rtol=unit, atol=unit * largest, equal_nan=True)
