@@ -13,7 +13,18 @@ import typer
 from rich.console import Console
 
 import nmonnx
-from nmonnx.commands import calibrate, convert, demo, diff, doctor, generate, inspect, sensitivity, validate
+from nmonnx.commands import (
+    calibrate,
+    convert,
+    demo,
+    diff,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    sensitivity,
+    validate,
+)
 from nmonnx.errors import NmonnxError
 
 app = typer.Typer(
@@ -24,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (inspect, calibrate, sensitivity, convert, validate, diff, generate, doctor, demo):
+for command in (inspect, calibrate, sensitivity, convert, validate, evaluate, diff, generate, doctor, demo):
     app.command(command.__name__.rpartition(".")[2])(command.command)
 
 

@@ -23,6 +23,7 @@ class Perplexity:
     windows     windows read
     window_nll  mean over each window's predicted tokens: pair it with another model's on the same windows
     protocol    how it was measured, in words
+    window_tokens  predicted tokens of each window
     """
 
     nll: float
@@ -31,6 +32,7 @@ class Perplexity:
     windows: int
     window_nll: tuple[float, ...]
     protocol: str
+    window_tokens: tuple[int, ...]
 
 
 def perplexity(
@@ -41,23 +43,31 @@ def perplexity(
     max_windows: int | None = None,
     batch: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    skip_windows: int = 0,
+    on_best: Callable[[np.ndarray], None] | None = None,
 ) -> Perplexity:
     """Cut `tokens` [T] into windows of `window` that start every `stride` tokens (default: one after another), read
     each from an empty cache without a BOS, and average the negative log-likelihood of each token given those before
     it in its window. With overlap, a token that an earlier window predicted is context only. The tail that fills no
-    window is left out; a text shorter than one window is one window. `progress` is called with (windows done, all).
-    Raises InputError for texts below two tokens or token ids beyond the model's vocabulary."""
+    window is left out; a text shorter than one window is one window. The first `skip_windows` windows are left out, and
+    no token of theirs is predicted. `progress` is called with (windows done, all), `on_best` for one window after
+    another with the most probable token [n], int32, at each of the positions that count. Raises InputError for texts
+    below two tokens or token ids beyond the model's vocabulary, UsageError for windows that cannot be."""
     tokens = np.asarray(tokens)
     stride = stride or window
-    starts, window = cut_windows(tokens, window, stride, max_windows, decoder)
+    starts, window = cut_windows(tokens, window, stride, max_windows, decoder, skip_windows)
     sums: list[float] = []
     counts: list[int] = []
     for first in range(0, len(starts), batch):
         group = starts[first : first + batch]
         rows = np.stack([tokens[s : s + window] for s in group])
-        losses = window_losses(decoder, rows)
-        for row, begin in zip(losses, group, strict=True):
-            fresh = row if begin == 0 else row[max(window - stride - 1, 0) :]
+        best = np.empty((len(group), window - 1), np.int32) if on_best else None
+        losses = window_losses(decoder, rows, best)
+        for index, (row, begin) in enumerate(zip(losses, group, strict=True)):
+            old = 0 if begin == 0 else max(window - stride - 1, 0)
+            fresh = row[old:]
+            if on_best and best is not None:
+                on_best(best[index, old:])
             sums.append(float(fresh.sum()))
             counts.append(len(fresh))
         if progress:
@@ -70,28 +80,34 @@ def perplexity(
         windows=len(starts),
         window_nll=tuple(s / n for s, n in zip(sums, counts, strict=True)),
         protocol=f"{len(starts)} windows of {window} tokens, stride {stride}, empty cache, no BOS",
+        window_tokens=tuple(counts),
     )
 
 
-def window_losses(decoder: Decoder, rows: np.ndarray) -> np.ndarray:
-    """Negative log-likelihood [B, T - 1] of tokens 1..T-1 of each row [B, T], float64, given the ones before."""
+def window_losses(decoder: Decoder, rows: np.ndarray, best: np.ndarray | None = None) -> np.ndarray:
+    """Negative log-likelihood [B, T - 1] of tokens 1..T-1 of each row [B, T], float64, given the ones before. `best`,
+    an array of the same shape, is filled with the most probable tokens; ties go to the lowest id."""
     losses = np.zeros((rows.shape[0], rows.shape[1] - 1))
     for start, logits in decoder.score_pieces(rows, _PIECE):
         end = min(start + logits.shape[1], losses.shape[1])
         targets = rows[:, start + 1 : end + 1]
+        if best is not None:
+            best[:, start:end] = logits[:, : end - start].argmax(axis=-1)
         for row in range(rows.shape[0]):
-            losses[row, start:end] = _negative_log_likelihood(logits[row, : end - start], targets[row])
+            losses[row, start:end] = negative_log_likelihood(logits[row, : end - start], targets[row])
     return losses
 
 
 def cut_windows(
-    tokens: np.ndarray, window: int, stride: int, max_windows: int | None, decoder: Decoder
+    tokens: np.ndarray, window: int, stride: int, max_windows: int | None, decoder: Decoder, skip: int = 0
 ) -> tuple[list[int], int]:
     """Where the windows of `tokens` [T] start, and their length. Raises as `perplexity` does."""
     if window < 2 or not 1 <= stride <= window:
         raise UsageError(f"window {window} must be at least 2 and stride {stride} between 1 and the window")
     if max_windows is not None and max_windows < 1:
         raise UsageError(f"{max_windows} windows are too few; read at least one")
+    if skip < 0:
+        raise UsageError(f"{skip} windows cannot be skipped; give 0 or more")
     if decoder.context is not None and window > decoder.context:
         raise UsageError(f"a window of {window} tokens is more than the {decoder.context} that the model can see")
     if tokens.ndim != 1 or len(tokens) < 2:
@@ -102,10 +118,13 @@ def cut_windows(
             " tokenizer that belongs to the model"
         )
     window = min(window, len(tokens))
-    return list(range(0, len(tokens) - window + 1, stride))[:max_windows], window
+    starts = list(range(0, len(tokens) - window + 1, stride))
+    if skip >= len(starts):
+        raise UsageError(f"the text has {len(starts)} windows of {window} tokens, so {skip} cannot be skipped")
+    return starts[skip:][:max_windows], window
 
 
-def _negative_log_likelihood(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def negative_log_likelihood(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """[T] from logits [T, V] and token ids [T]; float32 softmax, a few rows at a time."""
     losses = np.empty(len(targets))
     for start in range(0, len(targets), _ROWS):

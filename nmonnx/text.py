@@ -19,7 +19,7 @@ def load_tokenizer(path: str | Path | None = None, beside: str | Path | None = N
     `beside`. Padding and truncation that the file asks for are switched off. Raises InputError when there is none."""
     from tokenizers import Tokenizer
 
-    file = _tokenizer_file(path, beside)
+    file = tokenizer_file(path, beside)
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as e:
@@ -55,7 +55,8 @@ def encode(tokenizer: Tokenizer, text: str, special: bool = False) -> np.ndarray
     return np.array(tokenizer.encode(text, add_special_tokens=special).ids, np.int64)
 
 
-def _tokenizer_file(path: str | Path | None, beside: str | Path | None) -> Path:
+def tokenizer_file(path: str | Path | None, beside: str | Path | None) -> Path:
+    """Where the tokenizer lies that `load_tokenizer` reads. Raises InputError when there is none."""
     if path is None and beside is None:
         raise InputError("no tokenizer was given; pass a tokenizer.json or the folder that holds it")
     where = Path(path) if path is not None else Path(beside or "").parent

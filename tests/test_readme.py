@@ -27,6 +27,7 @@ def folder(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "train.txt").write_text("Once upon a time there was a little cat. " * 20)
     (folder / "recipe.yaml").write_text("pattern: 4:16\n")
     (folder / "text.txt").write_text("Once upon a time there was a little girl. " * 40)
+    (folder / "test.txt").write_text("Once upon a time there was a little girl. " * 100)
     return folder
 
 

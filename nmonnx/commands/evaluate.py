@@ -1,0 +1,122 @@
+"""`nmonnx evaluate`: perplexity and tasks of several models, one row each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+from rich.console import Console
+
+from nmonnx.commands.options import Quiet, ReportPath, Threads, tell
+from nmonnx.errors import UsageError
+from nmonnx.report import Report, Table, check_format, table
+
+if TYPE_CHECKING:
+    from nmonnx.evaluate import Evaluation, ModelScore, TextScore
+
+
+def command(
+    models: Annotated[
+        list[Path], typer.Argument(help="The models; the others are compared with the first.", show_default=False)
+    ],
+    text: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Measure perplexity on this text file."),
+    ] = None,
+    tasks: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="A task of lm-evaluation-harness: its YAML file, or a name. Repeatable."),
+    ] = None,
+    tokenizer: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="tokenizer.json, or the folder it lies in. [default: beside the first model]"),
+    ] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 1024,
+    stride: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Tokens from window to window. [default: the window]"),
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows, at most.")] = 8,
+    skip_windows: Annotated[int, typer.Option(min=0, help="Windows to leave out at the beginning.")] = 0,
+    threads: Threads = 0,
+    report: ReportPath = None,
+    quiet: Quiet = False,
+) -> None:
+    """Perplexity, agreement and task accuracy of models beside the first one, with confidence intervals."""
+    if text is None and not tasks:
+        raise UsageError("nothing to measure on; give --text FILE, --tasks TASK.yaml or both")
+    check_format(report)
+    from nmonnx.evaluate import evaluate
+    from nmonnx.text import encode, load_tokenizer, read_text
+
+    tokens = encode(load_tokenizer(tokenizer, beside=models[0]), read_text(text)) if text else None
+    with Console(stderr=True).status("reading") as status:
+        done = evaluate(
+            models,
+            tokens,
+            window,
+            stride,
+            windows,
+            skip_windows,
+            threads,
+            tasks,
+            lambda what, count, total: status.update(f"{what}, {count} of {total}"),
+            tokenizer,
+        )
+    tell(evaluation(done, text), report, quiet)
+
+
+def evaluation(done: Evaluation, text: Path | None = None) -> Report:
+    """One row for each model; the tasks in a table of their own."""
+    title = f"{len(done.models)} models" if len(done.models) > 1 else str(done.models[0].path)
+    words = (*done.protocol, *((f"The text is {text.name}.",) if text else ()), *done.notes)
+    data = {"command": "evaluate", **done.data()}
+    inputs = (*(m.path for m in done.models), *((text,) if text else ()))
+    parts = [_texts(done)] if done.models[0].text else []
+    parts += [_tasks(done)] if done.models[0].tasks else []
+    return Report(title, words, tuple(parts), data, inputs)
+
+
+def _texts(done: Evaluation) -> Table:
+    columns = (
+        *("model", "pattern", "perplexity", "95 % interval", "log-loss difference", "perplexity change"),
+        "same best token",
+    )
+    rows = [(_name(m, done), m.pattern or "-", *_text(m.text, m is done.models[0])) for m in done.models if m.text]
+    return table("Text", columns, rows)
+
+
+def _text(score: TextScore, first: bool) -> tuple[str, ...]:
+    between = f"{score.interval[0]:.2f} to {score.interval[1]:.2f}" if score.interval else "-"
+    if first:
+        return f"{score.perplexity.ppl:.2f}", between, "-", "-", "-"
+    difference = f"{score.difference:+.4f}{_error(score.difference_error, 4)}"
+    return (
+        f"{score.perplexity.ppl:.2f}",
+        between,
+        difference,
+        f"{100 * score.change:+.1f} %",
+        f"{100 * score.agreement:.1f} %",
+    )
+
+
+def _tasks(done: Evaluation) -> Table:
+    names = [f"{s.task}, {s.metric}" for s in done.models[0].tasks]
+    rows = []
+    for model in done.models:
+        drop = model.drop
+        cells = [f"{100 * s.value:.1f}{_error(s.error and 100 * s.error, 1)}" for s in model.tasks]
+        average = f"{100 * drop.mean:.1f}{_error(drop.error and 100 * drop.error, 1)} %" if drop else "-"
+        rows.append((_name(model, done), model.pattern or "-", *cells, average))
+    return table("Tasks, %", ("model", "pattern", *names, "average relative drop"), rows)
+
+
+def _name(model: ModelScore, done: Evaluation) -> str:
+    """The file's name; its path where two models share the name."""
+    shared = sum(m.path.name == model.path.name for m in done.models) > 1
+    return str(model.path) if shared else model.path.name
+
+
+def _error(error: float | None, digits: int) -> str:
+    return "" if error is None else f" ± {error:.{digits}f}"
