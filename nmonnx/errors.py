@@ -11,6 +11,14 @@ class UsageError(NmonnxError):
     """A flag, a pattern, a selector or a recipe asks for something that cannot be."""
 
 
+class Unseen(UsageError):
+    """Statistics were asked for a layer that calibration could not see; `reason` says why, without its name."""
+
+    def __init__(self, site: str, reason: str) -> None:
+        super().__init__(f"layer {site!r} has no activation statistics: {reason}")
+        self.reason = reason
+
+
 class InputError(NmonnxError):
     """A file that was given is not what it should be: not a model, truncated, data missing."""
 

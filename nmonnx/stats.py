@@ -10,7 +10,7 @@ import numpy as np
 
 from nmonnx.accumulator import Accumulator
 from nmonnx.archive import read_archive, write_archive
-from nmonnx.errors import InputError, UsageError
+from nmonnx.errors import InputError, Unseen, UsageError
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,11 +82,11 @@ class Stats:
     unseen: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, site: str) -> Seen:
-        """What the site reads. Raises UsageError when it was not seen."""
+        """What the site reads. Raises Unseen when it was not seen."""
         if site in self.seen:
             return self.seen[site]
         reason = self.unseen.get(site, "the statistics do not speak of it; are they of another model?")
-        raise UsageError(f"layer {site!r} has no activation statistics: {reason}")
+        raise Unseen(site, reason)
 
     def save(self, path: str | Path) -> Path:
         """Write one .npz file, each activation once. Raises ModelError when it cannot be written."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from nmonnx.allocate import Choice, allocate
 from nmonnx.criteria import Layer, channel_scale, normalised
-from nmonnx.errors import InputError, UsageError
+from nmonnx.errors import InputError, Unseen, UsageError
 from nmonnx.grouping import deal
 from nmonnx.pattern import Pattern
 from nmonnx.recipe import SHIFTS, Recipe
@@ -46,7 +46,7 @@ class Treatment:
 @dataclass(frozen=True)
 class Plan:
     """treatments  by site name; sites that share a prune share one object
-    plain       sites whose criterion could not be worked out, with the reason: the activation alone decides there
+    plain       sites for which the constants could not be worked out, with the reason: the activation alone decides
     """
 
     treatments: Mapping[str, Treatment]
@@ -62,7 +62,7 @@ def plan(
 ) -> Plan:
     """The treatment of every chosen site.
 
-    Raises UsageError when the recipe needs statistics that were not given, or a site that they have not seen.
+    Raises UsageError when the recipe needs something that was not given, or an allocation a site that was not seen.
     """
     given = {"stats": stats, "sensitivity": sensitivity}
     for need in recipe.needs:
@@ -74,21 +74,15 @@ def plan(
     plain: dict[str, str] = {}
     made: list[tuple[list[Site], Treatment]] = []
     for group in share(sites, recipe.share, patterns):
-        seen = stats.of(group[0].name) if stats is not None and recipe.needs else None
+        treatment = Treatment(patterns.get(group[0].name, recipe.pattern), variance="var" in recipe.mitigations)
         try:
+            seen = stats.of(group[0].name) if stats is not None and recipe.needs else None
             scale = custom.of(group) if custom else channel_scale(recipe.criterion, [_layer(s, seen) for s in group])
-        except InputError as e:
-            scale = None
-            plain.update({site.name: str(e) for site in group})
-        variance = "var" in recipe.mitigations
-        treatment = Treatment(patterns.get(group[0].name, recipe.pattern), scale, variance=variance)
-        if set(SHIFTS) & set(recipe.mitigations):
-            assert seen is not None
-            treatment = replace(treatment, shift=_shift(recipe.mitigations, seen))
-        if recipe.order == "deal":
-            assert seen is not None
-            strength = seen.rms * (1 if scale is None else scale)
-            treatment = replace(treatment, order=deal(strength, treatment.pattern.m))
+        except (InputError, Unseen) as e:
+            reason = f"no statistics, {e.reason}" if isinstance(e, Unseen) else str(e)
+            plain.update({site.name: reason for site in group})
+        else:
+            treatment = _calibrated(recipe, replace(treatment, scale=scale), seen)
         made.append((group, treatment))
     if recipe.allocate == "forward":
         assert stats is not None and sensitivity is not None
@@ -107,6 +101,16 @@ def share(sites: Sequence[Site], how: str, patterns: Mapping[str, Pattern]) -> l
         key = (*(together if how == "joint" else inseparable), patterns.get(site.name))
         groups.setdefault(key, []).append(site)
     return list(groups.values())
+
+
+def _calibrated(recipe: Recipe, treatment: Treatment, seen: Seen | None) -> Treatment:
+    """With the shift and the order that the recipe asks for."""
+    if seen is not None and set(SHIFTS) & set(recipe.mitigations):
+        treatment = replace(treatment, shift=_shift(recipe.mitigations, seen))
+    if seen is not None and recipe.order == "deal":
+        strength = seen.rms * (1 if treatment.scale is None else treatment.scale)
+        treatment = replace(treatment, order=deal(strength, treatment.pattern.m))
+    return treatment
 
 
 def _shift(mitigations: Sequence[str], seen: Seen) -> np.ndarray:

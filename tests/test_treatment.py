@@ -204,6 +204,18 @@ def test_what_the_recipe_needs_is_asked_for(tmp_path: Path) -> None:
         convert(source, None, replace(BASE, order="deal"), stats=foreign)
 
 
+def test_a_layer_that_calibration_could_not_see_is_pruned_by_magnitude_and_told(tmp_path: Path) -> None:
+    source = write(mlp(), tmp_path / "model.onnx")
+    stats = stats_of(source)
+    first, second = stats.seen
+    partial = Stats({first: stats.of(first)}, stats.source, "partial", {second: "inside a function"})
+    recipe = RECIPES["all"]
+    done = convert(source, tmp_path / "sparse.onnx", recipe, stats=partial)
+    assert done.plan.plain == {second: "no statistics, inside a function"}
+    assert done.plan.treatments[first].order is not None
+    assert done.plan.treatments[second].constants() == {}
+
+
 @pytest.mark.skipif(not ZOO.is_dir(), reason="the zoo of exported graphs is not beside this checkout")
 @pytest.mark.parametrize("path", sorted(ZOO.rglob("*.onnx"))[::9], ids=lambda p: p.stem)
 def test_the_zoo_with_every_constant(tmp_path: Path, path: Path) -> None:

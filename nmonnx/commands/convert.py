@@ -183,7 +183,7 @@ def _how_chosen(done: Conversion, pruned: list[dict[str, Any]]) -> list[str]:
         each = ", ".join(f"{p} ({c})" for p, c in sorted(patterns.items(), key=lambda i: int(i[0].split(":")[0])))
         words.append(f"Patterns: {each}; {100 * read / weights:.1f} % of the weights are read.")
     plain = Counter(done.plan.plain.values())
-    words += [f"Plain magnitude instead of {recipe.criterion}: {_times(n)}: {why}." for why, n in plain.items()]
+    words += [f"By plain magnitude: {_times(n)}: {why}." for why, n in plain.items()]
     return words
 
 
