@@ -16,6 +16,7 @@ from nmonnx.errors import UsageError
 from nmonnx.feeds import Feed
 from nmonnx.graph import load
 from nmonnx.library import make_session
+from nmonnx.passes import FoldShift
 from nmonnx.pattern import Pattern
 from nmonnx.recipe import Recipe
 from nmonnx.sites import find_sites
@@ -157,6 +158,25 @@ def test_a_constant_that_was_changed_after_the_conversion_is_seen(tmp_path: Path
     onnx.save(proto, out)
     report = validate(source, out, feeds=[Feed("x", {"x": weights(1, 4, 32)})])
     assert any("is new and does something" in c.detail for c in report.checks if not c.passed)
+
+
+@pytest.mark.parametrize("proto", [mlp(), branches()], ids=["mlp", "branches"])
+def test_a_fold_that_is_wrong_is_seen_as_such(tmp_path: Path, proto: onnx.ModelProto, monkeypatch) -> None:
+    """The bias makes up for the shift but for its sign; hashes and claims are all in order."""
+    apply = FoldShift._fold
+
+    def wrong(self, model, constants, site, node):  # type: ignore[no-untyped-def]
+        shift = model.constants[node.inputs[4].name]
+        model.constants[node.inputs[4].name] = -shift
+        reason = apply(self, model, constants, site, node)
+        model.constants[node.inputs[4].name] = shift
+        return reason
+
+    monkeypatch.setattr(FoldShift, "_fold", wrong)
+    source, out, _ = converted(tmp_path, proto, RECIPES["s-pts"])
+    report = validate(source, out)
+    failed = [c for c in report.checks if not c.passed]
+    assert [c.name for c in failed] == ["folded biases make up for the shift"]
 
 
 def test_patterns_of_single_layers(tmp_path: Path) -> None:

@@ -52,13 +52,16 @@ def measure_sites(
 class _Probe:
     """One layer, and sums over what was seen of it. `before` are rows of the original's activation, `after` pairs of
     rows of the converted model's activation and output. `options` are the op's inputs beside x and W; those that are no
-    stored values, but `computed` by nodes such as a Cast, are fetched by tensor name in each run."""
+    stored values, but `computed` by nodes such as a Cast, are fetched by tensor name in each run. `own_bias` is the bias
+    of the original that a folded one stands for; `misfold` how far the folded one is from what it should be."""
 
     claim: Claim
     node: NodeProto | None
     note: str = ""
     options: dict[str, np.ndarray] = field(default_factory=dict)
     computed: dict[str, str] = field(default_factory=dict)
+    own_bias: np.ndarray | None = None
+    misfold: float | None = None
     tokens: int = 0
     energy: float = 0.0
     kept: float = 0.0
@@ -127,7 +130,17 @@ def _probe(pair: Pair, claim: Claim) -> _Probe:
             probe.computed[slot] = key[1]
         else:
             probe.options[slot] = values
+        if slot == "bias":
+            probe.own_bias = _replaced(pair, key[1])
     return probe
+
+
+def _replaced(pair: Pair, name: str) -> np.ndarray | None:
+    """Values of the tensor of the original that a declared constant stands for."""
+    original = pair.claims.constants.get(name, ("", "", ""))[2]
+    key = pair.old.find("", original) if original else None
+    stored = pair.old.initializer(key) if key else None
+    return None if stored is None else pair.in_before.array(stored)
 
 
 def _run(pair: Pair, probes: Sequence[_Probe], feeds: Sequence[Feed], threads: int) -> None:
@@ -208,6 +221,8 @@ def _multiply(probe: _Probe, site: Site | None) -> None:
     if weight.shape != (claim.k, claim.n):
         probe.note = f"its error is not measured: its weight has shape {list(weight.shape)}"
         return
+    if probe.fused and "shift" in probe.options:
+        probe.misfold = _misfold(probe, weight)
     x = np.concatenate(probe.before)[:_ROWS].astype(np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
         products = ((x - probe.computes_with(x)) @ weight, x @ weight)
@@ -215,6 +230,19 @@ def _multiply(probe: _Probe, site: Site | None) -> None:
     probe.error = relative(float(lost), float(whole))
     if probe.fused:
         probe.excess = _excess(probe, weight)
+
+
+def _misfold(probe: _Probe, weight: np.ndarray) -> float:
+    """Largest difference of the bias from what it should be, the original's bias + shift W, in units of the rounding of
+    float32 sums and of the bias's own type."""
+    shift = np.broadcast_to(probe.options["shift"], probe.claim.k).astype(np.float64)
+    own = np.zeros(1) if probe.own_bias is None else probe.own_bias.reshape(-1).astype(np.float64)
+    bias = probe.options.get("bias", np.zeros(1, np.float32)).reshape(-1)
+    wide = weight.astype(np.float64)
+    bound = np.abs(own) + np.abs(shift) @ np.abs(wide)
+    unit = np.finfo(bias.dtype).eps + np.finfo(np.float32).eps
+    gap = np.abs(bias.astype(np.float64) - (own + shift @ wide))
+    return float(np.where(gap == 0, 0.0, gap / np.maximum(unit * bound, np.finfo(bias.dtype).tiny)).max(initial=0.0))
 
 
 def _excess(probe: _Probe, weight: np.ndarray) -> float:
@@ -253,7 +281,13 @@ def _checks(probes: Sequence[_Probe]) -> list[Check]:
     values = [f"{p.claim.name!r}: {p.wrong_values} values differ" for p in alone if p.wrong_values]
     groups = [f"{p.claim.name!r}: {p.wrong_groups} groups" for p in alone if p.wrong_groups]
     products = [f"{p.claim.name!r}: {p.excess:.3g} times what rounding explains" for p in fused if _is_beyond(p.excess)]
+    shifted = [p for p in seen if p.misfold is not None]
+    folds = [
+        f"{p.claim.name!r}: {p.misfold:.3g} times what rounding explains" for p in shifted if _is_beyond(p.misfold)
+    ]
+    folded = [counted("folded biases make up for the shift", len(shifted), folds, "layers with a shift")]
     return [
+        *(folded if shifted else []),
         counted("pruned activations equal the reference bit for bit", len(alone), values, "layers with NMPrune"),
         counted("every group keeps exactly N of its non-zero values", len(alone), groups, "layers with NMPrune"),
         counted("fused layers equal the reference up to rounding", len(fused), products, "layers with NMMatMul"),
