@@ -52,8 +52,8 @@ def measure_sites(
 class _Probe:
     """One layer, and sums over what was seen of it. `before` are rows of the original's activation, `after` pairs of
     rows of the converted model's activation and output. `options` are the op's inputs beside x and W; those that are no
-    stored values, but `computed` by nodes such as a Cast, are fetched by tensor name in each run. `own_bias` is the bias
-    of the original that a folded one stands for; `misfold` how far the folded one is from what it should be."""
+    stored values, but `computed` by nodes such as a Cast, are fetched by tensor name in each run. `own_bias` is what a
+    folded bias stands for in the original; `misfold` how far the folded one is from what it should be."""
 
     claim: Claim
     node: NodeProto | None
