@@ -68,7 +68,7 @@ def main(
         first = score is done.models[0]
         difference = "-" if first else f"{score.text.difference:+.3f} ± {score.text.difference_error or 0.0:.3f}"
         rows.append((name, f"{score.text.perplexity.ppl:.2f}", difference))
-    words = (*done.protocol, f"Text: {text.name}. All layers of every block, lm_head dense.")
+    words = (*done.protocol, f"{text.name}; all layers of every block, lm_head dense.")
     columns = ("recipe", "perplexity", "log-loss above dense, nats")
     result = Report("SmolLM2-135M, recipes side by side", words, (table("Recipes", columns, rows),))
     show(result, Console())
