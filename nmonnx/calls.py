@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from nmonnx.errors import InputError, UsageError
+from nmonnx.errors import InputError, RunError, UsageError
 from nmonnx.feeds import Feed, Signature, make_feeds, vocabulary
 from nmonnx.taps import Tapped
 
@@ -88,13 +88,21 @@ class _Windows:
             sig = self.sig.without_cache() if past else self.sig
             arrays = make_feeds(sig, self.tokens[here], start) | past
             ends = start + self.piece >= self.window
-            values = self.tapped.run(arrays, [*names, *([] if ends else presents)], only_these=True)
+            values = self._values(arrays, [*names, *([] if ends else presents)])
             if not ends:
                 past = {name: values.pop(present) for name, present in self.sig.cache}
             where = f"in tokens {self.first + here[0, 0]} to {self.first + here[-1, -1]}"
             sink = np.zeros(here.shape, bool)
             sink[:, 0] = start == 0
             yield Call(values, self.first + here.reshape(-1), sink.reshape(-1), None, self.first, where)
+
+    def _values(self, arrays: Mapping[str, np.ndarray], names: list[str]) -> dict[str, np.ndarray]:
+        try:
+            return self.tapped.run(arrays, names, only_these=True)
+        except RunError as e:
+            if "eshape" not in str(e):
+                raise
+            raise RunError(f"{e}; it may be traced for one length only, which the window must be then") from e
 
 
 @dataclass
