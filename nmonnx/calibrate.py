@@ -24,7 +24,6 @@ from nmonnx.graph import Model, load
 from nmonnx.sites import Site, converted_with, find_sites
 from nmonnx.stats import Seen, Stats
 from nmonnx.taps import Tapped
-from nmonnx.tensors import all_tensors, is_external
 
 SAVE_EVERY = 30.0
 """Seconds between two checkpoints."""
@@ -80,7 +79,7 @@ def calibrate(
         named = [f if isinstance(f, Feed) else Feed(f"feed {i}", dict(f)) for i, f in enumerate(feeds or ())]
         calls = feed_calls(tapped, sig, named, first)
     source = file_sha256(path)
-    settings = [source, _weights(model), calls.digest, calls.protocol, sample, first, list(tally.sites)]
+    settings = [source, model.data_stamps(), calls.digest, calls.protocol, sample, first, list(tally.sites)]
     state = _State(Path(checkpoint) if checkpoint else None, hashlib.sha256(json.dumps(settings).encode()).hexdigest())
     for done in range(state.resume(tally), calls.count):
         for call in calls.run(done, list(tally.sites)):
@@ -158,12 +157,6 @@ def _tally(model: Model, size: int) -> _Tally:
         raise UsageError(f"{model.path}: no layer can be seen: all are {_INSIDE}; inline the functions first")
     sums = {name: Accumulator(group[0].k, size) for name, group in sites.items()}
     return _Tally(sites, size, unseen, sums)
-
-
-def _weights(model: Model) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of the data files, which stand for the weights in them."""
-    files = {model.tensors.span(t)[0] for t in all_tensors(model.proto) if is_external(t)}
-    return sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)
 
 
 @dataclass

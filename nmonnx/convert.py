@@ -130,8 +130,9 @@ def _refuse_nothing(path: Path, found: Found, selection: Selection) -> None:
 
 
 def _refuse_foreign(path: Path, measured: Mapping[str, Stats | Sensitivity | None]) -> None:
+    source = file_sha256(path) if any(measured.values()) else ""
     for what, given in measured.items():
-        if given is not None and given.source != file_sha256(path):
+        if given is not None and given.source != source:
             raise UsageError(
                 f"the {what} were measured on a model with SHA-256 {given.source[:12]}..., not on {path}; measure again"
             )

@@ -6,7 +6,7 @@ Names and formulas follow Alanova et al., arXiv 2509.22166, and the papers named
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -106,8 +106,9 @@ CALIBRATED = ("clact-static", "pcs")
 """Criteria that need `Layer.seen`."""
 
 
-def channel_scale(criterion: str, layers: Sequence[Layer]) -> np.ndarray | None:
-    """c[K] float32 for the layers that share one prune; None when the activation alone decides.
+def channel_scale(criterion: str, layers: Iterable[Layer]) -> np.ndarray | None:
+    """c[K] float32 for the layers that share one prune; None when the activation alone decides: then no weight is read
+    where `layers` makes its items as it is gone through.
 
     Over several layers sqrt(sum of c squared), which for norms is the norm of the weights side by side; what does
     not depend on the weight stays what it is up to a factor. Only ratios matter, so the largest is made 1. When all

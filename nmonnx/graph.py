@@ -80,6 +80,18 @@ class Model:
         proto = self.origin.get(id(node))
         return {p.key: p.value for p in getattr(proto, "metadata_props", ())} if proto is not None else {}
 
+    def data_files(self) -> set[Path]:
+        """The files that hold external data."""
+        return {self.tensors.span(t)[0] for t in all_tensors(self.proto) if is_external(t)}
+
+    def data_stamps(self) -> list[list[str | int]]:
+        """[name, size, time in ns] of the data files, which stand for the weights in them, as JSON gives them back.
+        Raises InputError."""
+        try:
+            return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(self.data_files())]
+        except OSError as e:
+            raise InputError(f"{self.path}: its data file cannot be read: {e.strerror}") from e
+
     def scopes(self) -> Iterator[tuple[str, gs.Graph]]:
         """Every graph that holds nodes, with its path: the main graph (""), the If/Loop bodies inside it, and
         the bodies of model-local functions ("function:NAME", or "function:DOMAIN:NAME[:OVERLOAD]" where functions

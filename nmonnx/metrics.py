@@ -186,7 +186,7 @@ def _rows(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray
 
 def _kl(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Per row; inf where a distribution is not one (NaN, or +Inf, among the logits)."""
-    log_p, log_q = _log_softmax(x), _log_softmax(y)
+    log_p, log_q = log_softmax(x), log_softmax(y)
     p = np.exp(log_p)
     with np.errstate(invalid="ignore"):
         terms = np.where(p > 0, p * (log_p - log_q), 0.0)
@@ -195,10 +195,11 @@ def _kl(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.where(broken, np.inf, np.maximum(kl, 0.0))
 
 
-def _log_softmax(x: np.ndarray) -> np.ndarray:
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    """Log-probabilities of logits [..., V] in their type; sums in float64. NaN where a row has NaN or +Inf."""
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         shifted = x - x.max(axis=-1, keepdims=True)
-        return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+        return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(x.dtype)
 
 
 def _best(x: np.ndarray, count: int) -> np.ndarray:

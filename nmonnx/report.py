@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -62,17 +62,22 @@ def show(report: Report, console: Console) -> None:
 
 def check_format(path: Path | None) -> None:
     """Refuse a report that could not be written before any work is done. Raises UsageError."""
-    if path is None:
-        return
-    if path.suffix not in FORMATS:
-        raise UsageError(f"--report {path}: the name must end in {', '.join(FORMATS)}")
+    if path is not None:
+        check_place("--report", path, FORMATS)
+
+
+def check_place(flag: str, path: Path, suffixes: Collection[str]) -> None:
+    """Refuse a file that `flag` names where none of these suffixes ends it or nothing can be written. Raises
+    UsageError."""
+    if path.suffix not in suffixes:
+        raise UsageError(f"{flag} {path}: the name must end in {', '.join(suffixes)}")
     try:
         if path.is_dir():
-            raise UsageError(f"--report {path} is a folder; name a file")
+            raise UsageError(f"{flag} {path} is a folder; name a file")
         with TemporaryFile(dir=path.absolute().parent):
             pass
     except OSError as e:
-        raise UsageError(f"--report {path} cannot be written: {e.strerror}; choose another place") from e
+        raise UsageError(f"{flag} {path} cannot be written: {e.strerror}; choose another place") from e
 
 
 def write(report: Report, path: Path) -> None:

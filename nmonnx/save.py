@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -42,7 +42,8 @@ def save(
     """
     out = Path(out)
     data = out.with_name(out.name + ".data")
-    _refuse_clash(model, out, overwrite)
+    inputs = [model.path, *model.data_files()]
+    refuse_clash(out, inputs, overwrite)
     proto = weave(model)
     tensors = list(all_tensors(proto))
     external = [t for t in tensors if is_external(t)]
@@ -57,7 +58,7 @@ def save(
             tensor.raw_data = b"".join(_transposed(model, model.repacked[tensor.name]))
         repacked = []
     if moved or repacked:
-        _refuse_clash(model, data, overwrite)
+        refuse_clash(data, inputs, overwrite)
     with staging(out) as staged:
         if moved or repacked:
             _write_data(model, moved, repacked, staged.open(data), data.name)
@@ -67,15 +68,16 @@ def save(
     return out
 
 
-def _refuse_clash(model: Model, file: Path, overwrite: bool) -> None:
+def refuse_clash(file: Path, inputs: Iterable[Path], overwrite: bool, whose: str = "part of the input model") -> None:
+    """Refuse an output that has no folder, that is there already without `overwrite`, or that is one of the `inputs`,
+    which are `whose`. Raises UsageError."""
     try:
         if not file.parent.is_dir():
             raise UsageError(f"the folder {str(file.parent)!r} does not exist; create it first")
         if file.is_dir():
             raise UsageError(f"{file} is a folder; name a file, for example {file / 'sparse.onnx'}")
-        inputs = [model.path, *(model.tensors.span(t)[0] for t in all_tensors(model.proto) if is_external(t))]
-        if file.exists() and any(file.samefile(source) for source in inputs):
-            raise UsageError(f"{file} is part of the input model, which is never changed; choose another output")
+        if file.exists() and any(source.exists() and file.samefile(source) for source in inputs):
+            raise UsageError(f"{file} is {whose}, which is never changed; choose another output")
         if file.exists() and not overwrite:
             raise UsageError(f"{file} exists; use --overwrite to replace it, or choose another output")
     except OSError as e:

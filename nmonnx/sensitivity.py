@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,15 @@ import nmonnx
 from nmonnx.convert import rewrite
 from nmonnx.decoder import Decoder
 from nmonnx.digest import file_sha256
-from nmonnx.errors import InputError, ModelError, RunError
+from nmonnx.errors import ModelError, RunError
 from nmonnx.feeds.sample import explain
 from nmonnx.graph import DOMAIN, Model
+from nmonnx.metrics import log_softmax
 from nmonnx.perplexity import cut_windows
 from nmonnx.progress import Step
 from nmonnx.recipe import Recipe
 from nmonnx.sensitivity_record import Checkpoint, Sensitivity, SiteSensitivity
 from nmonnx.skeleton import open_skeleton, point_at_files
-from nmonnx.tensors import all_tensors, is_external
 from nmonnx.weave import weave
 
 __all__ = ["Sensitivity", "SiteSensitivity", "measure"]
@@ -137,7 +137,7 @@ class _Dense:
         self._rows = rows
         self._pieces = []
         for where, logits in _scored(decoder, rows):
-            predictions = np.concatenate([_log_softmax(some) for some in _some_rows(logits)])
+            predictions = np.concatenate([log_softmax(some) for some in _some_rows(logits)])
             if np.isnan(predictions).any():
                 raise RunError(f"{decoder.path} gives NaN for this text, so nothing can be compared with it")
             self._pieces.append((where, predictions))
@@ -148,7 +148,7 @@ class _Dense:
         for ((window, start), dense), (_, logits) in zip(self._pieces, _scored(decoder, self._rows), strict=True):
             targets = self._rows[window, start + 1 : start + 1 + len(dense)]
             for at, (p, some) in enumerate(zip(_some_rows(dense), _some_rows(logits), strict=True)):
-                q = _log_softmax(some)
+                q = log_softmax(some)
                 kl += _kl(p, q)
                 wanted = targets[at * _ROWS : at * _ROWS + len(p), None]
                 change = _picked(p, wanted) - _picked(q, wanted)
@@ -170,13 +170,6 @@ def _scored(decoder: Decoder, rows: np.ndarray) -> Iterator[tuple[tuple[int, int
 def _some_rows(matrix: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, len(matrix), _ROWS):
         yield matrix[start : start + _ROWS]
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float32 [T, V] of float32 [T, V]; sums in float64."""
-    with np.errstate(invalid="ignore"):
-        shifted = logits - logits.max(axis=1, keepdims=True)
-        return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
 
 
 def _kl(p: np.ndarray, q: np.ndarray) -> float:
@@ -210,15 +203,10 @@ def _nodes_in(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
 
 def _key(model: Model, source: str, recipe: Recipe, rows: np.ndarray) -> dict[str, Any]:
     """What a checkpoint must agree with: model, weights, text, pattern and windows."""
-    files: Sequence[Path] = sorted({model.tensors.span(t)[0] for t in all_tensors(model.proto) if is_external(t)})
-    try:
-        data = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    except OSError as e:
-        raise InputError(f"{model.path}: its data file cannot be read: {e.strerror}") from e
     return {
         "version": nmonnx.__version__,
         "source": source,
-        "data": data,
+        "data": model.data_stamps(),
         "pattern": str(recipe.pattern),
         "windows": list(rows.shape),
         "tokens": hashlib.sha256(rows.tobytes()).hexdigest(),

@@ -77,7 +77,7 @@ def plan(
         treatment = Treatment(patterns.get(group[0].name, recipe.pattern), variance="var" in recipe.mitigations)
         try:
             seen = stats.of(group[0].name) if stats is not None and recipe.needs else None
-            scale = custom.of(group) if custom else channel_scale(recipe.criterion, [_layer(s, seen) for s in group])
+            scale = custom.of(group) if custom else channel_scale(recipe.criterion, (_layer(s, seen) for s in group))
         except (InputError, Unseen) as e:
             reason = f"no statistics, {e.reason}" if isinstance(e, Unseen) else str(e)
             plain.update({site.name: reason for site in group})

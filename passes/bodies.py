@@ -16,6 +16,9 @@ CAST_LIKE_OPSET = 15
 CRITERION = ("scale", "shift", "order")
 """Optional inputs of both ops, in their order."""
 
+INPUTS = {"NMPrune": ("x", *CRITERION), "NMMatMul": ("x", "W", "bias", *CRITERION)}
+"""Inputs of each op, by position."""
+
 
 @dataclass(frozen=True)
 class Body:

@@ -13,14 +13,10 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from nmonnx.graph import DOMAIN, Model
-from nmonnx.passes.bodies import CRITERION, Body, matmul_function, prune_function
+from nmonnx.passes.bodies import CRITERION, INPUTS, Body, matmul_function, prune_function
 from nmonnx.passes.result import PassResult
-from nmonnx.passes.surgery import Constants, Names, function_of
+from nmonnx.passes.surgery import Constants, Names, brought_by, function_of
 from nmonnx.sites import Site
-
-INPUTS = {"NMPrune": ("x", *CRITERION), "NMMatMul": ("x", "W", "bias", *CRITERION)}
-"""Inputs of each op, by position."""
-
 
 INSIDE = "the fallback functions are in the file all the same: ONNX Runtime needs them where an op lies in a function"
 
@@ -52,7 +48,7 @@ class EmitFunctions:
         if not ops:
             return PassResult(self.name)
         patterns = sorted({(node.attrs["keep"], node.attrs["group"]) for node in nodes})
-        brought = {name for node in nodes for name in _brought(node)}
+        brought = {name for node in nodes for name in brought_by(node)}
         body = Body(
             model.opset,
             patterns[0],
@@ -78,19 +74,13 @@ def _custom_nodes(model: Model) -> Iterator[tuple[str, gs.Node]]:
         yield from ((scope, node) for node in graph.nodes if node.domain == DOMAIN)
 
 
-def _brought(node: gs.Node) -> list[str]:
-    """Names of the optional inputs that a node has."""
-    pairs = zip(INPUTS[node.op], node.inputs, strict=False)
-    return [name for name, tensor in pairs if name not in ("x", "W") and tensor.name]
-
-
 def _complete_inputs(model: Model, sites: Sequence[Site], wanted: set[str]) -> None:
     constants, by_name = Constants(model, Names(model)), {site.name: site for site in sites}
     made: dict[tuple, gs.Tensor] = {}
     for scope, node in list(_custom_nodes(model)):
         site = by_name[json.loads(model.notes[id(node)]["nmonnx.site"])[0]]
         expected = INPUTS[node.op]
-        missing = (wanted & set(expected)) - set(_brought(node))
+        missing = (wanted & set(expected)) - set(brought_by(node))
         for name in sorted(missing, key=expected.index):
             while len(node.inputs) <= expected.index(name):
                 node.inputs.append(gs.Variable.empty())

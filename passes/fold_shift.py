@@ -10,13 +10,11 @@ import onnx_graphsurgeon as gs
 from onnx import helper
 
 from nmonnx.errors import InputError
-from nmonnx.graph import DOMAIN, Model
+from nmonnx.graph import Model
+from nmonnx.passes.bodies import INPUTS
 from nmonnx.passes.result import PassResult
-from nmonnx.passes.surgery import Constants, Names, nodes_of_sites
+from nmonnx.passes.surgery import Constants, Names, brought_by, nodes_of_sites
 from nmonnx.sites import Site
-
-_BIAS, _SHIFT = 2, 4
-_PRUNE_SHIFT = 2
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class FoldShift:
         nodes = dict(nodes_of_sites(model))
         for site in sites:
             node = nodes.get(site.name)
-            if node is None or not _has_shift(node):
+            if node is None or "shift" not in brought_by(node):
                 continue
             reason = self._fold(model, constants, site, node)
             if reason:
@@ -49,7 +47,8 @@ class FoldShift:
     def _fold(self, model: Model, constants: Constants, site: Site, node: gs.Node) -> str:
         if node.op != "NMMatMul":
             return "it is prune-only and has no bias to fold a shift into"
-        old = node.inputs[_BIAS]
+        place = INPUTS[node.op].index("bias")
+        old = node.inputs[place]
         bias = _values(model, old) if old.name else np.zeros(1)
         if bias is None:
             return f"its bias {old.name!r} is no constant that can be read"
@@ -57,20 +56,15 @@ class FoldShift:
             weight = site.weight()
         except InputError as e:
             return str(e)
-        shift = model.constants[node.inputs[_SHIFT].name].astype(np.float64)
+        shift = model.constants[node.inputs[INPUTS[node.op].index("shift")].name].astype(np.float64)
         made = bias.reshape(-1).astype(np.float64) + np.broadcast_to(shift, site.k) @ weight.astype(np.float64)
         values = made.astype(helper.tensor_dtype_to_np_dtype(site.elem))
-        node.inputs[_BIAS] = constants.declare(site.scope, f"{site.name}/bias", "bias", values, old.name)
+        node.inputs[place] = constants.declare(site.scope, f"{site.name}/bias", "bias", values, old.name)
         return ""
 
 
-def _has_shift(node: gs.Node) -> bool:
-    place = _SHIFT if node.op == "NMMatMul" else _PRUNE_SHIFT
-    return node.domain == DOMAIN and len(node.inputs) > place and bool(node.inputs[place].name)
-
-
 def _drop(node: gs.Node) -> None:
-    node.inputs[_SHIFT if node.op == "NMMatMul" else _PRUNE_SHIFT] = gs.Variable.empty()
+    node.inputs[INPUTS[node.op].index("shift")] = gs.Variable.empty()
     while not node.inputs[-1].name:
         node.inputs.pop()
 

@@ -11,7 +11,7 @@ from onnx import TensorProto
 from nmonnx.graph import DOMAIN, Model, Transposed
 from nmonnx.passes.bodies import CAST_LIKE_OPSET
 from nmonnx.passes.result import PassResult
-from nmonnx.passes.surgery import Names, no_longer_serves, note, remove_dead
+from nmonnx.passes.surgery import Names, brought_by, no_longer_serves, note, remove_dead
 from nmonnx.sites import FusableWeight, Site
 
 
@@ -59,7 +59,7 @@ class FuseMatMul:
             return "no prune stands right in front of it"
         if self.kernel == "auto" and prune.attrs["keep"] == prune.attrs["group"]:
             return "the pattern keeps every channel, so there is nothing to skip"
-        shifted = len(prune.inputs) > 2 and bool(prune.inputs[2].name)  # needs a bias to be made up for
+        shifted = "shift" in brought_by(prune)  # needs a bias to be made up for
         if self.kernel == "auto" and site.k * site.n < self.worthwhile and not shifted:
             return f"its weight has fewer than {self.worthwhile} elements, too few to gain from skipping rows"
         if weight.transposed and site.initializer not in repackable:

@@ -11,6 +11,7 @@ from onnx import numpy_helper
 
 from nmonnx.digest import array_sha256
 from nmonnx.graph import DOMAIN, Model
+from nmonnx.passes.bodies import INPUTS
 from nmonnx.sites import Site
 
 
@@ -55,6 +56,12 @@ class Constants:
         tensor = self.add(scope, wanted, values)
         self._model.declared[tensor.name] = {"input": slot, "sha256": array_sha256(values), "from": instead_of}
         return tensor
+
+
+def brought_by(node: gs.Node) -> list[str]:
+    """Names of the optional inputs that a custom op has."""
+    pairs = zip(INPUTS[node.op], node.inputs, strict=False)
+    return [name for name, tensor in pairs if name not in ("x", "W") and tensor.name]
 
 
 def function_of(scope: str) -> str:

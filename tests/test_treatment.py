@@ -19,7 +19,7 @@ from nmonnx.library import make_session
 from nmonnx.passes import FoldShift
 from nmonnx.pattern import Pattern
 from nmonnx.recipe import Recipe
-from nmonnx.sites import find_sites
+from nmonnx.sites import Site, find_sites
 from nmonnx.stats import Seen, Stats
 from nmonnx.validate import validate
 
@@ -177,6 +177,17 @@ def test_a_fold_that_is_wrong_is_seen_as_such(tmp_path: Path, proto: onnx.ModelP
     report = validate(source, out)
     failed = [c for c in report.checks if not c.passed]
     assert [c.name for c in failed] == ["folded biases make up for the shift"]
+
+
+def test_plain_magnitude_reads_no_weight(tmp_path: Path, monkeypatch) -> None:
+    def read(self):  # type: ignore[no-untyped-def]
+        raise AssertionError(f"the weight of {self.name} was read")
+
+    monkeypatch.setattr(Site, "weight", read)
+    source = write(mlp(), tmp_path / "model.onnx")
+    convert(source, tmp_path / "act.onnx", BASE)
+    with pytest.raises(AssertionError, match="was read"):
+        convert(source, tmp_path / "wina.onnx", RECIPES["wina"])
 
 
 def test_patterns_of_single_layers(tmp_path: Path) -> None:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from nmonnx.commands.options import ModelPath, Quiet, Threads, read_feed_files, tell
+from nmonnx.commands.options import ModelPath, Overwrite, Quiet, Threads, read_feed_files, refuse_output, tell
 from nmonnx.errors import UsageError
 from nmonnx.report import Report, table
 
@@ -47,7 +43,7 @@ def command(
     ] = None,
     sample: Annotated[int, typer.Option(min=1, help="Tokens whose activations are kept as they are.")] = 512,
     threads: Threads = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Run MODEL, as exported, over a text and write what its linear layers read: mean, rms, largest, a sample.
@@ -56,16 +52,18 @@ def command(
     """
     from nmonnx.calibrate import calibrate
     from nmonnx.graph import load
+    from nmonnx.progress import progress_bar
     from nmonnx.sites import find_sites
     from nmonnx.text import encode, load_tokenizer, read_text
 
     if (text is None) == (not feeds):
         raise UsageError("give a text (--text FILE) or feeds (--feeds FILE), one of them")
     out = output or model.with_name(f"{model.stem}-stats.npz")
-    _refuse_clash(out, feeds or [], overwrite)
+    refuse_output(out, ".npz", overwrite, feeds or [])
     sites = find_sites(load(model)).sites
     tokens = encode(load_tokenizer(tokenizer, beside=model), read_text(text)) if text else None
-    with _bar(quiet) as progress:
+    words = Console(stderr=True)
+    with progress_bar(words, "calibrating", disable=quiet or not words.is_terminal) as progress:
         stats = calibrate(
             model,
             tokens,
@@ -89,31 +87,3 @@ def calibration(out: Path, stats: Stats, sites: tuple[Site, ...]) -> Report:
     words = [f"{len(stats.seen)} of {len(sites)} layers seen; {stats.protocol}."]
     words += [f"Not seen: {count} layers: {reason}." for reason, count in Counter(stats.unseen.values()).items()]
     return Report(str(out), tuple(words), (table("Layers seen", ("role", "layers", "K", "tokens"), rows),))
-
-
-def _refuse_clash(out: Path, feeds: list[Path], overwrite: bool) -> None:
-    if out.suffix != ".npz":
-        raise UsageError(f"--output {out}: the name must end in .npz")
-    try:
-        if out.is_dir():
-            raise UsageError(f"{out} is a folder; name a file, for example {out / 'stats.npz'}")
-        if not os.access(out.absolute().parent, os.W_OK):
-            raise UsageError(
-                f"the folder {str(out.parent)!r} does not exist or cannot be written; choose another place"
-            )
-        if out.exists() and any(feed.exists() and out.samefile(feed) for feed in feeds):
-            raise UsageError(f"{out} is one of the feeds, which are never changed; choose another output")
-        if out.exists() and not overwrite:
-            raise UsageError(f"{out} exists; use --overwrite to replace it, or choose another output")
-    except OSError as e:
-        raise UsageError(f"{str(out)[:200]!r} cannot be an output: {e.strerror}; choose another name or folder") from e
-
-
-@contextmanager
-def _bar(quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar with the time left on stderr, where that is a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("calibrating"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

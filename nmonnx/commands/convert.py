@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from nmonnx.commands.options import ModelPath, Quiet, ReportPath, Verbose, tell
+from nmonnx.commands.options import Exclude, Include, ModelPath, Overwrite, Quiet, ReportPath, Verbose, tell
 from nmonnx.errors import UsageError
 from nmonnx.presets import PRESETS, preset_named
 from nmonnx.report import Report, check_format, table
@@ -30,14 +30,8 @@ def command(
         Optional[Path],  # noqa: UP045
         typer.Option("--output", "-o", help="The file to write. [default: MODEL-8x16.onnx beside the model]"),
     ] = None,
-    include: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="Only these layers: role (q, down), glob, re:REGEX, op:MatMul, block:0-3. Repeatable."),
-    ] = None,
-    exclude: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="Not these layers; selectors as for --include. Repeatable."),
-    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Prune the input of lm_head too.")] = False,
     criterion: Annotated[
         Optional[str],  # noqa: UP045
@@ -87,7 +81,7 @@ def command(
         typer.Option("--config", "-c", help="A recipe in YAML or JSON; flags win over it."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide and report, write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    overwrite: Overwrite = False,
     report: ReportPath = None,
     verbose: Verbose = False,
     quiet: Quiet = False,

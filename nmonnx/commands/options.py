@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 from rich.console import Console
 
-from nmonnx.report import Report, show, write
+from nmonnx.report import Report, check_place, show, write
 
 if TYPE_CHECKING:
     from nmonnx.feeds import Feed
@@ -18,6 +18,15 @@ ReportPath = Annotated[
     Optional[Path],  # noqa: UP045 - typer on Python 3.10 wants it spelled out
     typer.Option("--report", help="Also write the result as .json, .md or .html.", show_default=False),
 ]
+Include = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(help="Only these layers: role (q, down), glob, re:REGEX, op:MatMul, block:0-3. Repeatable."),
+]
+Exclude = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(help="Not these layers; selectors as for --include. Repeatable."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="One line for every layer.")]
 Threads = Annotated[int, typer.Option(min=0, help="Intra-op threads; 0: ONNX Runtime decides.")]
@@ -43,3 +52,11 @@ def read_feed_files(model: Path, files: list[Path]) -> list[Feed]:
 
     expected = signature(make_session(model), model)
     return [feed for file in files for feed in read_feeds(file, expected)]
+
+
+def refuse_output(output: Path, suffix: str, overwrite: bool, feeds: list[Path] | None = None) -> None:
+    """Refuse an --output that could not be written before minutes of work are done. Raises UsageError."""
+    from nmonnx.save import refuse_clash
+
+    refuse_clash(output, feeds or [], overwrite, "one of the feeds")
+    check_place("--output", output, (suffix,))

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console
 
-from nmonnx.commands.options import ModelPath, Quiet, ReportPath, Threads, Verbose, tell
-from nmonnx.errors import UsageError
+from nmonnx.commands.options import (
+    Exclude,
+    Include,
+    ModelPath,
+    Overwrite,
+    Quiet,
+    ReportPath,
+    Threads,
+    Verbose,
+    refuse_output,
+    tell,
+)
 from nmonnx.report import Report, check_format, table
 
 if TYPE_CHECKING:
@@ -28,18 +37,12 @@ def command(
         typer.Option(help="tokenizer.json or its folder. [default: beside MODEL]"),
     ] = None,
     pattern: Annotated[str, typer.Option("--pattern", "-p", help="N:M, keep N of every M input channels.")] = "8:16",
-    include: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="Only these layers; selectors as for convert. Repeatable."),
-    ] = None,
-    exclude: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="Not these layers; selectors as for convert. Repeatable."),
-    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
     windows: Annotated[int, typer.Option(min=1, help="Windows, at most.")] = 2,
     threads: Threads = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    overwrite: Overwrite = False,
     report: ReportPath = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -55,7 +58,7 @@ def command(
     from nmonnx.text import encode, load_tokenizer, read_text
 
     check_format(report)
-    _check_output(output, overwrite)
+    refuse_output(output, ".json", overwrite)
     recipe = Recipe.from_dict({"pattern": pattern, "include": include or [], "exclude": exclude or []}, "sensitivity")
     tokens = encode(load_tokenizer(tokenizer, beside=model), read_text(text))
     checkpoint = output.with_suffix(".partial.json")
@@ -99,18 +102,3 @@ def sensitivity(done: Sensitivity, model: Path, output: Path, verbose: bool = Fa
         "roles": {role: {"activations": n, "kl": kl, "nll": nll} for role, (n, kl, nll) in done.by_role().items()},
     }
     return Report(f"wrote {output}", tuple(words), (each, roles), data, (model,))
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    """Refuse an output that could not be written before minutes of work are done. Raises UsageError."""
-    if output.suffix != ".json":
-        raise UsageError(f"--output {output}: the name must end in .json")
-    try:
-        if output.is_dir():
-            raise UsageError(f"--output {output} is a folder; name a file")
-        if output.exists() and not overwrite:
-            raise UsageError(f"{output} exists; use --overwrite to replace it, or choose another output")
-        with TemporaryFile(dir=output.absolute().parent):
-            pass
-    except OSError as e:
-        raise UsageError(f"--output {output} cannot be written: {e.strerror}; choose another place") from e

@@ -40,15 +40,24 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Declared:
+    """A new constant that does something: `input` of an op, with values of this `sha256`, where the original has the
+    tensor `replaces` ("": none)."""
+
+    input: str
+    sha256: str
+    replaces: str
+
+
+@dataclass(frozen=True)
 class Claims:
     """changed: new initializer -> (original initializer, how it was made from it)
-    constants: new constant -> (input of the op that it is for, SHA-256 of its values, tensor that it
-    replaces, "" for none)"""
+    constants: new constants that do something, by name"""
 
     recipe: Recipe
     sites: tuple[Claim, ...]
     changed: dict[str, tuple[str, str]]
-    constants: dict[str, tuple[str, str, str]]
+    constants: dict[str, Declared]
 
     @property
     def pruned(self) -> list[Claim]:
@@ -74,7 +83,7 @@ def read_claims(original: Path, before: ModelProto, converted: Path, after: Mode
         sites = tuple(_claim(record) for record in json.loads(new["nmonnx.sites"]))
         changed = {k: (v["from"], v["how"]) for k, v in json.loads(new.get("nmonnx.changed", "{}")).items()}
         declared = json.loads(new.get("nmonnx.constants", "{}"))
-        constants = {k: (v["input"], v["sha256"], v["from"]) for k, v in declared.items()}
+        constants = {k: Declared(v["input"], v["sha256"], v["from"]) for k, v in declared.items()}
     except (ValueError, KeyError, TypeError, AttributeError, UsageError) as e:
         raise InputError(
             f"{converted}: its nmonnx metadata cannot be read ({type(e).__name__}: {e}); convert it again"

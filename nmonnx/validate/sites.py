@@ -137,8 +137,8 @@ def _probe(pair: Pair, claim: Claim) -> _Probe:
 
 def _replaced(pair: Pair, name: str) -> np.ndarray | None:
     """Values of the tensor of the original that a declared constant stands for."""
-    original = pair.claims.constants.get(name, ("", "", ""))[2]
-    key = pair.old.find("", original) if original else None
+    declared = pair.claims.constants.get(name)
+    key = pair.old.find("", declared.replaces) if declared else None
     stored = pair.old.initializer(key) if key else None
     return None if stored is None else pair.in_before.array(stored)
 

@@ -157,9 +157,9 @@ class _Structure:
         mapped = set()
         for scope, name in after.leaves:
             new = self.pair.old.find(scope, name) is None and name not in self.claims.changed
-            replaced = self.claims.constants.get(name, ("", "", ""))[2]
-            if new and replaced:
-                mapped.add(self.pair.old.find(scope, replaced) or (scope, replaced))
+            declared = self.claims.constants.get(name)
+            if new and declared and declared.replaces:
+                mapped.add(self.pair.old.find(scope, declared.replaces) or (scope, declared.replaces))
             elif not (new and (scope, name) in optional):
                 mapped.add((scope, self.claims.changed.get(name, (name, ""))[0]))
         for (scope, _), node in after.own.items():
@@ -175,9 +175,9 @@ class _Structure:
                 continue
             values = self.pair.constant(key)
             declared = self.claims.constants.get(key[1])
-            if values is not None and declared is not None and declared[:2] == (slot, array_sha256(values)):
+            if values is not None and declared and (declared.input, declared.sha256) == (slot, array_sha256(values)):
                 self.explained.added.add(key)
-                self.explained.replaced.add(declared[2])
+                self.explained.replaced.add(declared.replaces)
             elif values is None or not _is_neutral(values, slot):
                 yield f"input {slot} of op {label(node)!r} ({key[1]!r}) is new and does something"
             else:
