@@ -32,6 +32,7 @@ class FoldShift:
     def apply(self, model: Model, sites: Sequence[Site]) -> PassResult:
         constants, left, folded = Constants(model, Names(model)), {}, 0
         nodes = dict(nodes_of_sites(model))
+        unfolded: dict[int, gs.Node] = {}  # a prune may serve several sites
         for site in sites:
             node = nodes.get(site.name)
             if node is None or "shift" not in brought_by(node):
@@ -39,9 +40,11 @@ class FoldShift:
             reason = self._fold(model, constants, site, node)
             if reason:
                 left[site.name] = reason
-                _drop(node)
+                unfolded[id(node)] = node
             else:
                 folded += 1
+        for node in unfolded.values():
+            _drop(node)
         return PassResult(self.name, folded, left)
 
     def _fold(self, model: Model, constants: Constants, site: Site, node: gs.Node) -> str:

@@ -150,6 +150,23 @@ def test_a_layer_without_a_bias_to_fold_into_loses_its_shift_and_is_told(tmp_pat
     assert all(c.passed for c in report.checks)
 
 
+def test_every_layer_behind_a_prune_that_loses_its_shift_is_told(tmp_path: Path) -> None:
+    proto = model(
+        """shared (float[t, 32] x) => (float[t, 24] y, float[t, 24] z, float[24, 32] w_out, float[24, 32] v_out) {
+            y = Gemm <transB = 1> (x, w)
+            z = Gemm <transB = 1> (x, v)
+            w_out = Sin(w)
+            v_out = Sin(v)
+        }""",
+        w=weights(24, 32, seed=1),
+        v=weights(24, 32, seed=2),
+    )
+    _, _, done = converted(tmp_path, proto, RECIPES["s-pts"])
+    fold = next(p for p in done.passes if p.name == "fold-shift")
+    assert set(fold.left) == {site.name for site in done.selection.chosen}
+    assert len(fold.left) == 2
+
+
 def test_a_constant_that_was_changed_after_the_conversion_is_seen(tmp_path: Path) -> None:
     source, out, _ = converted(tmp_path, mlp(), RECIPES["wina"])
     proto = onnx.load(out)
