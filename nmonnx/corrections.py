@@ -1,0 +1,94 @@
+"""`Corrections`: what fitting found for each layer, in one file: new weights, scales, biases and shifts to fold."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+
+from nmonnx.errors import InputError
+from nmonnx.save import staging
+
+_FORMAT = "nmonnx.corrections/1"
+_ABOUT = "about"
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """What makes up for the pruning of one layer y = x W + b. With P the prune, A and B `low`:
+
+        y = nu (P(x - shift) (weight - A B) diag(scale)) + x A B + b + bias + shift (weight - A B) diag(scale)
+
+    shift   [K], or None: what the treatment of the layer has, or nothing
+    weight  [K, N], or None: the weight of the original
+    scale   [N], or None: 1
+    bias    [N], or None: 0. It comes on top of the layer's own bias, which no scale touches
+    low     (A [K, r], B [r, N]), or None: 0
+
+    All float32. Alanova et al., arXiv 2509.22166: L-PTS is `shift`, LS `scale`, output shift `bias`, R-Sparse `low`.
+    """
+
+    shift: np.ndarray | None = None
+    weight: np.ndarray | None = None
+    scale: np.ndarray | None = None
+    bias: np.ndarray | None = None
+    low: tuple[np.ndarray, np.ndarray] | None = None
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What is given, by name; the parts of `low` as low_a and low_b."""
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "low"}
+        named |= dict(zip(("low_a", "low_b"), self.low or (None, None), strict=True))
+        return {name: values for name, values in named.items() if values is not None}
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Correction:
+        own = {name: np.asarray(values, np.float32) for name, values in arrays.items()}
+        low = (own.pop("low_a"), own.pop("low_b")) if "low_a" in own else None
+        return cls(low=low, **own)
+
+
+@dataclass(frozen=True, eq=False)
+class Corrections:
+    """sites     by site name; a site that is not there stays as it is
+    refused   sites whose correction was fitted but did not help on held-out tokens, with the figures
+    source    SHA-256 of the model's .onnx file
+    recipe    the recipe that they were fitted for, as JSON (`Recipe.to_json`)
+    protocol  what was fitted on which text, in words
+    """
+
+    sites: Mapping[str, Correction]
+    source: str
+    recipe: str
+    protocol: str
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> Path:
+        """Write one .npz file. Raises ModelError when it cannot be written."""
+        path = Path(path)
+        about = {key: getattr(self, key) for key in ("source", "recipe", "protocol", "refused")}
+        arrays = {f"{name}\n{key}": a for name, site in self.sites.items() for key, a in site.arrays().items()}
+        arrays[_ABOUT] = np.array(json.dumps({"format": _FORMAT, "sites": list(self.sites), **about}))
+        with staging(path) as staged:
+            np.savez(staged.open(path), **arrays)  # type: ignore[arg-type]
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Corrections:
+        """Read what `save` wrote. Raises InputError when the file is missing, damaged or something else."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                about = json.loads(str(file[_ABOUT]))
+                if about.pop("format") != _FORMAT:
+                    raise KeyError("format")
+                parts: dict[str, dict[str, np.ndarray]] = {name: {} for name in about.pop("sites")}
+                for key in file.files:
+                    if key != _ABOUT:
+                        name, _, part = key.rpartition("\n")
+                        parts[name][part] = file[key]
+            return cls({name: Correction.of_arrays(part) for name, part in parts.items()}, **about)
+        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
+            raise InputError(f"{path} holds no corrections; make them with 'nmonnx fit' ({e})") from e
