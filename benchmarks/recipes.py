@@ -34,6 +34,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "s-pts-scalar": {"mitigations": ["s-pts-scalar"]},
     "var": {"mitigations": ["var"]},
     "order": {"order": "deal"},
+    "order-swap": {"order": "swap"},
     "allocate": {"allocate": "forward"},
     **PRESETS,
 }

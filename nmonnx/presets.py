@@ -12,7 +12,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper-best": {"include": ["k", "v", "gate", "down"]},
     "paper-kogd": {"include": ["k", "o", "gate", "down"]},
     "amber": {"criterion": "amber", "include": ["q", "gate", "down"]},
-    "best": {"criterion": "sqrt-wina", "share": "separate", "order": "deal", "allocate": "forward"},
+    "best": {"criterion": "sqrt-wina", "share": "separate", "order": "swap", "allocate": "forward"},
 }
 """The paper is arXiv 2509.22166: all linear layers of every block (Table 6); the choice for Qwen2.5; the two of
 Table 5. amber: what arXiv 2508.02128 prunes, but for the blocks that it lists for each model. best: what we tell users

@@ -16,7 +16,7 @@ from nmonnx.pattern import Pattern
 KERNELS = ("auto", "prune", "fused")
 FALLBACKS = ("function", "none")
 SHARES = ("joint", "separate")
-ORDERS = ("none", "deal")
+ORDERS = ("none", "deal", "swap")
 SHIFTS = ("s-pts", "s-pts-scalar")
 MITIGATIONS = (*SHIFTS, "var")
 ALLOCATIONS = ("uniform", "forward")
@@ -43,7 +43,8 @@ class Recipe:
     criterion what makes a channel worth keeping, see `nmonnx.criteria`; or the path of an .npz with a vector [K] for
               each layer
     share     "joint": layers that read one activation share one prune, with a joint criterion; "separate": one each
-    order     "deal": cut the groups of each layer along its channels dealt by calibrated rms; "none": as they lie
+    order     "deal": cut the groups of each layer along its channels dealt by calibrated rms; "swap": the same, then
+              channels that are wanted in the same tokens are parted; "none": as they lie
     mitigations corrections: "s-pts" (shift by the calibrated mean of each channel, folded into biases),
               "s-pts-scalar" (by the mean over tokens of their median), "var" (restore the variance of each token)
     allocate  "forward": a kept N for each layer, from its measured sensitivity, at the weight bytes of `pattern`;

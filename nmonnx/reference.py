@@ -53,7 +53,7 @@ def keep_mask(
     3. Scores are float32, of float64 values too.
     4. The last K mod group channels are a group of their own that keeps min(keep, K mod group).
     """
-    score = _scores(x, scale, shift)
+    score = scores(x, scale, shift)
     if order is not None:
         score = score[..., order]
     channels = score.shape[-1]
@@ -112,7 +112,8 @@ def _squared_deviation(values: np.ndarray) -> np.ndarray:
     return (off * off).sum(axis=-1, keepdims=True)
 
 
-def _scores(x: np.ndarray, scale: np.ndarray | None, shift: np.ndarray | None) -> np.ndarray:
+def scores(x: np.ndarray, scale: np.ndarray | None, shift: np.ndarray | None) -> np.ndarray:
+    """|x - shift| * scale in the shape of `x`, float32; 0 where the scale is 0."""
     with np.errstate(invalid="ignore", over="ignore"):
         size = np.abs(_shifted(x, shift).astype(np.float32))
         return size if scale is None else np.where(scale == 0, np.float32(0), size * scale.astype(np.float32))

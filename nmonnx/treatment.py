@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,10 +12,10 @@ import numpy as np
 from nmonnx.allocate import Choice, allocate
 from nmonnx.criteria import Layer, channel_scale, normalised
 from nmonnx.errors import InputError, Unseen, UsageError
-from nmonnx.grouping import deal
+from nmonnx.grouping import Lost, deal, lost, swap
 from nmonnx.pattern import Pattern
 from nmonnx.recipe import SHIFTS, Recipe
-from nmonnx.reference import keep_mask
+from nmonnx.reference import keep_mask, scores
 from nmonnx.sites import Found, Site, matching
 
 if TYPE_CHECKING:
@@ -47,10 +47,12 @@ class Treatment:
 class Plan:
     """treatments  by site name; sites that share a prune share one object
     plain       sites for which the constants could not be worked out, with the reason: the activation alone decides
+    lost        what the order of each site with one spares
     """
 
     treatments: Mapping[str, Treatment]
     plain: Mapping[str, str]
+    lost: Mapping[str, Lost] = field(default_factory=dict)
 
 
 def plan(
@@ -87,7 +89,13 @@ def plan(
     if recipe.allocate == "forward":
         assert stats is not None and sensitivity is not None
         made = _allocated(recipe, made, stats, sensitivity)
-    return Plan({site.name: treatment for group, treatment in made for site in group}, plain)
+    spared: dict[str, Lost] = {}
+    for number, (group, treatment) in enumerate(made):
+        if stats is not None and treatment.order is not None:
+            treatment, loss = _ordered(recipe.order, treatment, stats.of(group[0].name))
+            made[number] = (group, treatment)
+            spared |= dict.fromkeys((site.name for site in group), loss)
+    return Plan({site.name: treatment for group, treatment in made for site in group}, plain, spared)
 
 
 def share(sites: Sequence[Site], how: str, patterns: Mapping[str, Pattern]) -> list[list[Site]]:
@@ -107,10 +115,21 @@ def _calibrated(recipe: Recipe, treatment: Treatment, seen: Seen | None) -> Trea
     """With the shift and the order that the recipe asks for."""
     if seen is not None and set(SHIFTS) & set(recipe.mitigations):
         treatment = replace(treatment, shift=_shift(recipe.mitigations, seen))
-    if seen is not None and recipe.order == "deal":
+    if seen is not None and recipe.order != "none":
         strength = seen.rms * (1 if treatment.scale is None else treatment.scale)
         treatment = replace(treatment, order=deal(strength, treatment.pattern.m))
     return treatment
+
+
+def _ordered(how: str, treatment: Treatment, seen: Seen) -> tuple[Treatment, Lost]:
+    """With the channels exchanged between the groups of its order if asked for, now that its n is known; and what the
+    order spares."""
+    n, m, order = treatment.pattern.n, treatment.pattern.m, treatment.order
+    assert order is not None
+    score = scores(seen.sample.astype(np.float32), treatment.scale, treatment.shift)
+    if how == "swap":
+        order = swap(order, score, n, m)
+    return replace(treatment, order=order), lost(score, n, m, order)
 
 
 def _shift(mitigations: Sequence[str], seen: Seen) -> np.ndarray:

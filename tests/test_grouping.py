@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmonnx.allocate import Choice, allocate
-from nmonnx.grouping import deal
+from nmonnx.grouping import deal, lost, swap, unstructured
+from nmonnx.reference import keep_mask
 
 
 @given(st.integers(1, 100), st.sampled_from([1, 2, 4, 8, 16]), st.integers(0, 99))
@@ -20,6 +21,46 @@ def test_the_order_is_a_permutation_that_spreads_the_strongest(channels: int, gr
     groups = [order[start : start + group] for start in range(0, channels, group)]
     strongest = set(np.argsort(-strength)[: len(groups)].tolist())
     assert all(len(strongest & set(g.tolist())) == 1 for g in groups)
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 80), st.sampled_from([(1, 2), (2, 4), (8, 16)]), st.integers(0, 99))
+def test_exchanges_keep_a_permutation_and_crowd_groups_no_more(channels, pattern, seed) -> None:
+    keep, group = pattern
+    score = np.random.default_rng(seed).random((20, channels)).astype(np.float32)
+    before = deal(score.mean(axis=0), group)
+    after = swap(before, score, keep, group)
+    assert sorted(after.tolist()) == list(range(channels))
+    wanted = unstructured(score, keep, group)
+    assert _crowding(wanted, after, group) <= _crowding(wanted, before, group)
+
+
+def _crowding(wanted: np.ndarray, order: np.ndarray, group: int) -> int:
+    starts = np.arange(0, len(order), group)
+    return int(np.square(np.add.reduceat(wanted[:, order], starts, axis=1, dtype=np.int64)).sum())
+
+
+def test_channels_wanted_together_are_parted_until_nothing_is_lost() -> None:
+    rng = np.random.default_rng(1)
+    first = rng.random(200) < 0.5
+    half = np.arange(32) < 16
+    score = np.where(half == first[:, None], 2.0, 1.0).astype(np.float32) + rng.random((200, 32), np.float32) / 8
+    told = lost(score, 8, 16, swap(np.arange(32), score, 8, 16))
+    assert told.bound == told.order < told.lie
+    assert lost(score, 16, 16, np.arange(32)) == lost(np.zeros((3, 32)), 8, 16, np.arange(32))  # nothing is lost
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 50), st.integers(1, 4), st.integers(0, 99))
+def test_no_order_beats_the_bound(channels: int, keep: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    score = rng.normal(size=(9, channels)).astype(np.float32) ** 2
+    order = rng.permutation(channels)
+    told = lost(score, keep, 4, order)
+    whole = float(np.square(score, dtype=np.float64).sum())
+    dropped = float((np.square(score, dtype=np.float64) * ~keep_mask(score, keep, 4, None, None, order)).sum())
+    assert told.bound <= told.order + 1e-12
+    assert abs(told.order - dropped / whole) < 1e-12
 
 
 @settings(max_examples=40)
