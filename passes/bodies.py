@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nmonnx.graph import DOMAIN
@@ -16,7 +17,7 @@ CAST_LIKE_OPSET = 15
 CRITERION = ("scale", "shift", "order")
 """Optional inputs of both ops, in their order."""
 
-INPUTS = {"NMPrune": ("x", *CRITERION), "NMMatMul": ("x", "W", "bias", *CRITERION)}
+INPUTS = {"NMPrune": ("x", *CRITERION), "NMMatMul": ("x", "W", "bias", *CRITERION, "row_sum")}
 """Inputs of each op, by position."""
 
 
@@ -30,6 +31,8 @@ class Body:
     criterion  which of scale, shift and order the nodes bring
     bias       whether the `NMMatMul` nodes bring a bias
     variance   whether a node asks for the variance; then every node must have the attribute
+    center     whether a node asks for a center; then every node must have the attribute, every `NMMatMul` a row_sum
+    ends       outputs of `NMPrune`; where it is 2, every node must have both
     """
 
     opset: int
@@ -38,11 +41,13 @@ class Body:
     criterion: frozenset[str] = frozenset()
     bias: bool = False
     variance: bool = False
+    center: bool = False
+    ends: int = 1
 
     @property
     def choices(self) -> list[str]:
         """Attributes that say 0 or not at all where a node does not need them."""
-        return ["variance"] if self.variance else []
+        return [name for name, asked in (("variance", self.variance), ("center", self.center)) if asked]
 
     def refusal(self, patterns: int) -> str:
         """Why the opset cannot express this with so many patterns; "" when it can."""
@@ -65,8 +70,10 @@ def prune_function(body: Body) -> str:
     """`NMPrune` in ONNX text."""
     lines = _prune(body, "selection" if body.variance else "y")
     if body.variance:
-        lines += [*_ratio(body.opset), *_rescaled("selection", "y")]
-    return _function("NMPrune", ["x", *_criterion_inputs(body)], lines, body)
+        lines += [*_ratio(), "nu = " + _per_token("nu_rows", body), *_corrected("selection", "y", body, [])]
+    if body.ends == 2:
+        lines += ["center_x = CastLike(center_rows, x)", "center = " + _per_token("center_x", body)]
+    return _function("NMPrune", ["x", *_criterion_inputs(body)], lines, body, ["y", "center"][: body.ends])
 
 
 def matmul_function(body: Body) -> str:
@@ -76,16 +83,26 @@ def matmul_function(body: Body) -> str:
     if body.opset >= CAST_LIKE_OPSET:
         lines.append("weight = CastLike(W, x)")
         weight = "weight"
-    lines.append(f"{'product' if body.bias or body.variance else 'y'} = MatMul(pruned, {weight})")
+    lines.append(f"{'product' if body.bias or body.choices else 'y'} = MatMul(pruned, {weight})")
+    added = []
     if body.variance:
-        lines += [*_ratio(body.opset), *_rescaled("product", "corrected" if body.bias else "y")]
+        lines += [*_ratio(), "nu = " + _per_token("nu_rows", body)]
+    if body.center:
+        lines += ["eta_rows = Cast <to = 11> (center_rows)", "eta = " + _per_token("eta_rows", body)]
+        lines += ["row_sums = Cast <to = 11> (row_sum)", "centered = Mul(eta, row_sums)"]
+        added.append("centered")
+    if body.choices:
+        lines += _corrected("product", "corrected" if body.bias else "y", body, added)
     if body.bias:
-        lines.append(f"y = Add({'corrected' if body.variance else 'product'}, bias)")
-    middle = ["bias"] if body.bias or body.criterion else []
-    return _function("NMMatMul", ["x", "W", *middle, *_criterion_inputs(body)], lines, body)
+        lines.append(f"y = Add({'corrected' if body.choices else 'product'}, bias)")
+    middle = ["bias"] if body.bias or body.criterion or body.center else []
+    last = ["row_sum"] if body.center else []
+    return _function("NMMatMul", ["x", "W", *middle, *_criterion_inputs(body, body.center), *last], lines, body)
 
 
-def _criterion_inputs(body: Body) -> list[str]:
+def _criterion_inputs(body: Body, every: bool = False) -> list[str]:
+    if every:
+        return list(CRITERION)
     last = max((CRITERION.index(c) for c in body.criterion), default=-1)
     return list(CRITERION[: last + 1])
 
@@ -108,7 +125,8 @@ def _prune(body: Body, y: str) -> list[str]:
         "channels = Gather <axis = 0> (shape, last)",
         "row_shape = Concat <axis = 0> (rest, channels)",
         "rows = Reshape(x, row_shape)",
-        *_shifted("shift" in body.criterion),
+        *_shifted("shift" in body.criterion, body.center),
+        *(_token_shape() if body.choices else []),
         *_scored("scale" in body.criterion),
         # a zero of x's own type, whatever x holds
         "sign = Sign(rows)",
@@ -138,10 +156,68 @@ def _option(name: str, value: int, named: bool) -> list[str]:
     return [f"{name}_n = Constant <value = int64[1] {{{value}}}> ()"]
 
 
-def _shifted(shift: bool) -> list[str]:
+def _shifted(shift: bool, center: bool) -> list[str]:
+    if center:
+        start = ["dense = Cast <to = 1> (rows)", "shifted = Sub(dense, shift)", "before = Cast <to = 11> (shifted)"]
+        if not shift:  # in double, so that an x in double loses nothing
+            start = ["shifted = Cast <to = 1> (rows)", "before = Cast <to = 11> (rows)"]
+        return [
+            *start,
+            *_center(),
+            "center_exact = Cast <to = 11> (center_rows)",
+            "moved = Sub(before, center_exact)",
+            "wide = Cast <to = 1> (moved)",
+            "rows_x = CastLike(moved, x)",
+        ]
     if not shift:
         return ["wide = Cast <to = 1> (rows)", "rows_x = Identity(rows)"]
     return ["dense = Cast <to = 1> (rows)", "wide = Sub(dense, shift)", "rows_x = CastLike(wide, x)"]
+
+
+def _center() -> list[str]:
+    """`center_rows`: the mean or the lower median of each row, 0 where @center is 0."""
+    return [
+        "center_0 = Constant <value_int: int = @center> ()",
+        "choice_mean = Constant <value = int64 {1}> ()",
+        "choice_median = Constant <value = int64 {2}> ()",
+        "is_mean = Equal(center_0, choice_mean)",
+        "is_median = Equal(center_0, choice_median)",
+        "centred_exact = Cast <to = 11> (shifted)",
+        "centred_total = ReduceSum(centred_exact, one)",
+        "centred_n = Cast <to = 11> (channels)",
+        "mean_exact = Div(centred_total, centred_n)",
+        "mean = Cast <to = 1> (mean_exact)",
+        # one row more, as for the TopK of the groups
+        "centre_form = Concat <axis = 0> (one, channels)",
+        "centre_more = ConstantOfShape <value = float[1] {0}> (centre_form)",
+        "never_none = Concat <axis = 0> (shifted, centre_more)",
+        "two = Constant <value = int64[1] {2}> ()",
+        "before_last = Sub(channels, one)",
+        "middle = Div(before_last, two)",
+        "lower_n = Add(middle, one)",
+        "lower, lower_index = TopK <axis = 1, largest = 0> (never_none, lower_n)",
+        "median_more = Gather <axis = 1> (lower, middle)",
+        "median_sorted = Slice(median_more, nought, rest, nought)",
+        # TopK puts NaN anywhere; the mean of such a row is NaN
+        "missing_x = IsNaN(shifted)",
+        "missing_f = Cast <to = 1> (missing_x)",
+        "missing_n = ReduceSum(missing_f, one)",
+        "has_missing = Cast <to = 9> (missing_n)",
+        "median = Where(has_missing, mean, median_sorted)",
+        "no_center = Constant <value = float[1] {0}> ()",
+        "mean_or_none = Where(is_mean, mean, no_center)",
+        "center_rows = Where(is_median, median, mean_or_none)",
+    ]
+
+
+def _token_shape() -> list[str]:
+    return ["leading = Slice(shape, nought, last, nought)", "token_shape = Concat <axis = 0> (leading, one)"]
+
+
+def _per_token(rows: str, body: Body) -> str:
+    """One value for each row, for multiplication with a tensor of as many axes as x."""
+    zero_ok = "<allowzero = 1> " if body.opset >= ALLOW_ZERO_OPSET else ""
+    return f"Reshape {zero_ok}({rows}, token_shape)"
 
 
 def _scored(scale: bool) -> list[str]:
@@ -232,9 +308,8 @@ def _cut_rows() -> list[str]:
     ]
 
 
-def _ratio(opset: int) -> list[str]:
-    """`nu` of each token, for multiplication with a tensor of as many axes as x; 1 where @variance is 0."""
-    zero_ok = "<allowzero = 1> " if opset >= ALLOW_ZERO_OPSET else ""
+def _ratio() -> list[str]:
+    """`nu_rows`, the ratio of each row; 1 where @variance is 0."""
     return [
         "asked_0 = Constant <value_int: int = @variance> ()",
         "asked = Cast <to = 9> (asked_0)",
@@ -253,9 +328,6 @@ def _ratio(opset: int) -> list[str]:
         "nu_exact = Where(corrects, capped, neutral)",
         "nu_float = Cast <to = 1> (nu_exact)",
         "nu_rows = Cast <to = 11> (nu_float)",
-        "leading = Slice(shape, nought, last, nought)",
-        "token_shape = Concat <axis = 0> (leading, one)",
-        f"nu = Reshape {zero_ok}(nu_rows, token_shape)",
     ]
 
 
@@ -271,15 +343,21 @@ def _squared_deviation(name: str, rows: str) -> list[str]:
     ]
 
 
-def _rescaled(name: str, y: str) -> list[str]:
-    return [
-        f"{name}_exact = Cast <to = 11> ({name})",
-        f"{name}_nu = Mul({name}_exact, nu)",
-        f"{y} = CastLike({name}_nu, x)",
-    ]
+def _corrected(name: str, y: str, body: Body, added: list[str]) -> list[str]:
+    """Times nu, plus what is `added`, in double and rounded once."""
+    lines, at = [f"{name}_exact = Cast <to = 11> ({name})"], f"{name}_exact"
+    if body.variance:
+        lines.append(f"{name}_nu = Mul({at}, nu)")
+        at = f"{name}_nu"
+    for other in added:
+        lines.append(f"{name}_{other} = Add({at}, {other})")
+        at = f"{name}_{other}"
+    return [*lines, f"{y} = CastLike({at}, x)"]
 
 
-def _function(op: str, inputs: list[str], lines: list[str], body: Body) -> str:
-    options = ", ".join(["keep", "group", *body.choices])
-    head = f'<domain: "{DOMAIN}", opset_import: ["" : {body.opset}]>\n{op} <{options}> ({", ".join(inputs)}) => (y)'
+def _function(op: str, inputs: list[str], lines: list[str], body: Body, outputs: Sequence[str] = ("y",)) -> str:
+    options, ends = ", ".join(["keep", "group", *body.choices]), ", ".join(outputs)
+    head = (
+        f'<domain: "{DOMAIN}", opset_import: ["" : {body.opset}]>\n{op} <{options}> ({", ".join(inputs)}) => ({ends})'
+    )
     return head + "\n{\n" + "\n".join(f"  {line}" for line in lines) + "\n}"

@@ -28,8 +28,8 @@ class EmitFunctions:
     1. ONNX Runtime takes the registered kernel where there is one, and inlines the function where there is none.
     2. The bodies use the model's own opset and only stock ops; kept values pass bit for bit, ties go to the lowest
        index, NaN ranks above infinity.
-    3. A body cannot ask whether an optional input or attribute is there: once one node brings it, every other gets a
-       neutral one.
+    3. A body cannot ask whether an optional input, attribute or output is there: once one node brings it, every other
+       gets a neutral one.
     4. The bodies compute with the shape of the activation; where value_info fixes it to numbers, which ONNX Runtime
        would believe even if they are stale, that claim is dropped.
     5. fallback "none" leaves them out, unless an op lies inside a model-local function of the original, where ONNX
@@ -56,12 +56,17 @@ class EmitFunctions:
             criterion=frozenset(brought & set(CRITERION)),
             bias="bias" in brought,
             variance=any(node.attrs.get("variance") for node in nodes),
+            center=any(node.attrs.get("center") for node in nodes),
+            ends=max(len(node.outputs) for node in nodes),
         )
         reason = body.refusal(len(patterns))
         if reason:
             return PassResult(self.name, left={"model": reason})
-        _complete_inputs(model, sites, brought)
+        _complete_inputs(model, sites, brought | ({"row_sum"} if body.center else set()))
+        names = Names(model)
         for _, node in _custom_nodes(model):
+            if node.op == "NMPrune" and len(node.outputs) < body.ends:
+                node.outputs.append(gs.Variable(names.fresh_tensor(f"{node.name}/center")))
             node.attrs.update({choice: node.attrs.get(choice, 0) for choice in body.choices})
         texts = {"NMPrune": prune_function, "NMMatMul": matmul_function}
         model.functions.extend(onnx.parser.parse_function(texts[op](body)) for op in ops)
@@ -95,6 +100,7 @@ def _neutral(constants: Constants, made: dict, scope: str, site: Site, name: str
         "scale": np.ones(1, np.float32),
         "shift": np.zeros(1, np.float32),
         "order": np.arange(site.k),
+        "row_sum": np.zeros(site.n, np.float32),
     }
     values = neutral[name]
     key = (function_of(scope), name, values.dtype, values.size)

@@ -52,19 +52,26 @@ class Op:
     """A session of one node whose inputs have free shapes; inputs that are None get an empty name."""
 
     def __init__(
-        self, op: str, inputs: dict[str, np.ndarray | None], simd: str = "", threads: int = 1, **attributes
+        self,
+        op: str,
+        inputs: dict[str, np.ndarray | None],
+        simd: str = "",
+        threads: int = 1,
+        outputs: int = 1,
+        **attributes,
     ) -> None:
         names = [name if value is not None else "" for name, value in inputs.items()]
         while names and not names[-1]:
             names.pop()
         given = {name: value for name, value in inputs.items() if value is not None}
         kind = _KINDS[next(iter(given.values())).dtype]
-        node = helper.make_node(op, names, ["y"], domain="ai.nmonnx", **attributes)
+        ends = ["y", "y1", "y2"][:outputs]
+        node = helper.make_node(op, names, ends, domain="ai.nmonnx", **attributes)
         graph = helper.make_graph(
             [node],
             "op",
             [helper.make_tensor_value_info(n, _KINDS[v.dtype], [None] * v.ndim) for n, v in given.items()],
-            [helper.make_tensor_value_info("y", kind, None)],
+            [helper.make_tensor_value_info(end, kind, None) for end in ends],
         )
         opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.nmonnx", 1)]
         options = ort.SessionOptions()
@@ -76,7 +83,10 @@ class Op:
         self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     def __call__(self, **inputs: np.ndarray | None) -> np.ndarray:
-        return self._session.run(None, {name: value for name, value in inputs.items() if value is not None})[0]
+        return self.outputs(**inputs)[0]
+
+    def outputs(self, **inputs: np.ndarray | None) -> list[np.ndarray]:
+        return self._session.run(None, {name: value for name, value in inputs.items() if value is not None})
 
 
 def run(op: str, inputs: dict[str, np.ndarray | None], simd: str = "", threads: int = 1, **attributes) -> np.ndarray:

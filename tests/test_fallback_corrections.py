@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.parser
+import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from onnx import TensorProto, helper
 from small_models import mlp, write
 
 from nmonnx import reference
-from nmonnx.graph import load
+from nmonnx.graph import Model, load
 from nmonnx.library import make_session
 from nmonnx.passes import EmitFunctions, FuseMatMul, InsertPrune
 from nmonnx.passes.bodies import Body, matmul_function, prune_function
@@ -24,16 +25,29 @@ from nmonnx.save import save
 from nmonnx.sites import find_sites
 from nmonnx.treatment import Treatment
 
-ORDER = {"NMPrune": ("x", "scale", "shift", "order"), "NMMatMul": ("x", "W", "bias", "scale", "shift", "order")}
-OTHER = {"scale": TensorProto.FLOAT, "shift": TensorProto.FLOAT, "order": TensorProto.INT64}
+ORDER = {
+    "NMPrune": ("x", "scale", "shift", "order"),
+    "NMMatMul": ("x", "W", "bias", "scale", "shift", "order", "row_sum"),
+}
+FLOATS = ("scale", "shift", "row_sum")
+OTHER = {name: TensorProto.FLOAT for name in FLOATS} | {"order": TensorProto.INT64}
 RANKS = {"x": 3, "W": 2}
 STEP = {np.float16: 2.0**-10, np.float32: 2.0**-22, np.float64: 2.0**-22}
 NASTY = [0.0, -0.0, 1.0, np.inf, -np.inf, np.nan, 6e4, 2.0]
-CORRECTIONS = [{"variance": True}]
+CHOICES = (None, "mean", "median")
+CORRECTIONS = [
+    {"variance": True},
+    {"center": "mean"},
+    {"center": "median"},
+    {"variance": True, "center": "mean"},
+    {"variance": True, "center": "median"},
+]
 
 
-def run(op: str, opset: int, feeds: dict[str, np.ndarray], **attributes: int) -> np.ndarray:
-    """One op as a fallback function that can do what its node asks for, or more."""
+def run(
+    op: str, opset: int, feeds: dict[str, np.ndarray], ends: tuple[str, ...] = ("y",), **attributes: int
+) -> np.ndarray:
+    """The last output of one op as a fallback function that can do what its node asks for, or more."""
     names = [name if name in feeds else "" for name in ORDER[op]]
     while not names[-1]:
         names.pop()
@@ -45,18 +59,20 @@ def run(op: str, opset: int, feeds: dict[str, np.ndarray], **attributes: int) ->
         criterion=frozenset(feeds) & {"scale", "shift", "order"},
         bias="bias" in feeds,
         variance="variance" in attributes,
+        center="center" in attributes,
+        ends=len(ends),
     )
     function = onnx.parser.parse_function({"NMPrune": prune_function, "NMMatMul": matmul_function}[op](body))
     elem = helper.np_dtype_to_tensor_dtype(feeds["x"].dtype)
     graph = helper.make_graph(
-        [helper.make_node(op, names, ["y"], domain="ai.nmonnx", **attributes)],
+        [helper.make_node(op, names, ends, domain="ai.nmonnx", **attributes)],
         "g",
         [
             helper.make_tensor_value_info(name, OTHER.get(name, elem), [f"{name}{i}" for i in range(feeds[name].ndim)])
             for name in names
             if name
         ],
-        [helper.make_tensor_value_info("y", elem, [f"y{i}" for i in range(feeds["x"].ndim)])],
+        [helper.make_tensor_value_info(e, elem, [f"{e}{i}" for i in range(feeds["x"].ndim)]) for e in ends],
     )
     imports = [helper.make_opsetid("", opset), helper.make_opsetid("ai.nmonnx", 1)]
     model = helper.make_model(graph, opset_imports=imports, ir_version=8, functions=[function])
@@ -65,11 +81,19 @@ def run(op: str, opset: int, feeds: dict[str, np.ndarray], **attributes: int) ->
     options.log_severity_level = 4
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(
         None, feeds
-    )[0]
+    )[-1]
 
 
 def as_attributes(correction: dict) -> dict[str, int]:
-    return {"variance": int(correction.get("variance", False))}
+    """With a body that can do either, or without a center where only the variance is asked for."""
+    variance = {"variance": int(correction.get("variance", False))}
+    return (
+        variance if correction == {"variance": True} else variance | {"center": CHOICES.index(correction.get("center"))}
+    )
+
+
+def row_sum_of(w: np.ndarray) -> np.ndarray:
+    return w.astype(np.float32).sum(axis=0)
 
 
 def nasty(rng: np.random.Generator, shape: tuple[int, ...], kind: type) -> np.ndarray:
@@ -107,9 +131,10 @@ def test_any_prune_equals_the_reference(names: set[str], data: st.DataObject) ->
 def test_matmul_equals_the_reference_up_to_rounding(opset: int, bias: bool, kind: type, correction: dict) -> None:
     rng = np.random.default_rng(opset)
     x, w, b = (rng.standard_normal(s).astype(kind) for s in ((2, 3, 40), (40, 24), (24,)))
-    feeds = {"x": x, "W": w} | ({"bias": b} if bias else {})
-    got = run("NMMatMul", opset, feeds, keep=8, group=16, **as_attributes(correction))
-    want = reference.prune_matmul(x, w, 8, 16, b if bias else None, **correction)
+    attributes, row_sum = as_attributes(correction), row_sum_of(w)
+    feeds = {"x": x, "W": w} | ({"bias": b} if bias else {}) | ({"row_sum": row_sum} if "center" in attributes else {})
+    got = run("NMMatMul", opset, feeds, keep=8, group=16, **attributes)
+    want = reference.prune_matmul(x, w, 8, 16, b if bias else None, row_sum=row_sum, **correction)
     assert got.dtype == kind
     limit = 2e-2 if kind == np.float16 else 1e-5
     np.testing.assert_allclose(got, want, rtol=limit, atol=limit)
@@ -125,14 +150,31 @@ def test_any_rank_one_channel_and_no_tokens_are_legal(shape: tuple[int, ...], co
     np.testing.assert_allclose(got, want, rtol=1e-6)
     w = np.random.default_rng(1).standard_normal((shape[-1], 5)).astype(np.float32)
     if len(shape) > 1:
-        got = run("NMMatMul", 17, {"x": x, "W": w}, keep=2, group=4, **as_attributes(correction))
-        np.testing.assert_allclose(got, reference.prune_matmul(x, w, 2, 4, **correction), rtol=1e-4, atol=1e-5)
+        attributes, row_sum = as_attributes(correction), row_sum_of(w)
+        feeds = {"x": x, "W": w} | ({"row_sum": row_sum} if "center" in attributes else {})
+        want = reference.prune_matmul(x, w, 2, 4, row_sum=row_sum, **correction)
+        np.testing.assert_allclose(
+            run("NMMatMul", 17, feeds, keep=2, group=4, **attributes), want, rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float16], ids=lambda k: k.__name__)
+@pytest.mark.parametrize("center", ["mean", "median"])
+@pytest.mark.parametrize("shape", [(2, 3, 17), (17,), (0, 16)], ids=str)
+def test_the_second_output_is_the_center(shape: tuple[int, ...], center: str, kind: type) -> None:
+    x = (np.random.default_rng(2).standard_normal(shape) + 1).astype(kind)
+    attributes = {"keep": 2, "group": 4, "variance": 1, "center": CHOICES.index(center)}
+    got = run("NMPrune", 18, {"x": x}, ends=("y", "c"), **attributes)
+    want = reference.center_of(x, center).astype(kind)
+    assert got.shape == want.shape and got.dtype == kind
+    np.testing.assert_array_equal(got, want)
 
 
 def test_an_opset_that_is_too_old_is_refused_with_the_reason() -> None:
     reason = "opset 14 cannot correct the variance in a fallback function; 15 can"
     assert Body(14, (2, 4), variance=True).refusal(1) == reason
-    assert Body(15, (2, 4), variance=True).refusal(1) == ""
+    assert Body(15, (2, 4), variance=True, center=True).refusal(1) == ""
+    assert "cannot correct the variance and center in" in Body(13, (2, 4), variance=True, center=True).refusal(1)
 
 
 @pytest.mark.parametrize("kernel", ["prune", "fused"])
@@ -144,13 +186,36 @@ def test_where_one_node_is_corrected_the_others_stay_as_they_are(tmp_path: Path,
     InsertPrune({site.name: Treatment(Pattern(2, 4)) for site in sites}).apply(model, sites)
     first = next(node for node in model.graph.nodes if node.op == "NMPrune" and node.inputs[0].name == "x")
     first.attrs.update({name: value for name, value in as_attributes(correction).items() if value})
-    FuseMatMul(kernel).apply(model, sites)
+    up, down = (onnx.numpy_helper.to_array(t) for t in mlp(32, 48).graph.initializer)
+    row_sums = {}
+    if "center" in correction:
+        if kernel == "prune":
+            _add_rank_one(model, first, row_sum_of(up))
+        else:
+            assert sites[0].name in FuseMatMul(kernel).apply(model, sites[:1]).left
+            model.constants["row_sum"] = row_sum_of(up)
+            row_sums = {sites[0].name: gs.Variable("row_sum")}
+    FuseMatMul(kernel, row_sums=row_sums).apply(model, sites)
     EmitFunctions().apply(model, sites)
     save(model, tmp_path / "out.onnx")
     x = np.random.default_rng(0).standard_normal((2, 3, 32)).astype(np.float32)
-    up, down = (onnx.numpy_helper.to_array(t) for t in mlp(32, 48).graph.initializer)
-    hidden = np.maximum(reference.prune_matmul(x, up, 2, 4, **correction), 0).astype(np.float32)
+    hidden = reference.prune_matmul(x, up, 2, 4, row_sum=row_sum_of(up), **correction)
+    hidden = np.maximum(hidden, 0).astype(np.float32)
     want = reference.prune_matmul(hidden, down, 2, 4)
     for library in (True, False):
         got = make_session(tmp_path / "out.onnx", library=library).run(None, {"x": x})[0]
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def _add_rank_one(model: Model, prune: gs.Node, row_sum: np.ndarray) -> None:
+    """y + center * row_sum behind the layer that reads the prune."""
+    center, part, product = (gs.Variable(name) for name in ("the_center", "rank_one", "pruned_product"))
+    prune.outputs.append(center)
+    layer = prune.outputs[0].outputs[0]
+    y = layer.outputs[0]
+    layer.outputs[0] = product
+    model.constants["row_sum"] = row_sum
+    model.graph.nodes += [
+        gs.Node("Mul", "rank_one", inputs=[center, gs.Variable("row_sum")], outputs=[part]),
+        gs.Node("Add", "add_rank_one", inputs=[product, part], outputs=[y]),
+    ]

@@ -39,14 +39,24 @@ def op(name, inputs, simd="", **attributes):
     return _sessions[key](**inputs)
 
 
-def prune(x, keep, group, simd="", scale=None, shift=None, order=None, variance=False):
+CHOICES = (None, "mean", "median")
+
+
+def prune(x, keep, group, simd="", scale=None, shift=None, order=None, variance=False, center=None):
     inputs = {"x": x, "scale": scale, "shift": shift, "order": order}
-    return op("NMPrune", inputs, simd, keep=keep, group=group, variance=int(variance))
+    attributes = {"variance": int(variance), "center": CHOICES.index(center)}
+    return op("NMPrune", inputs, simd, keep=keep, group=group, **attributes)
 
 
-def matmul(x, w, keep, group, simd="", bias=None, scale=None, shift=None, order=None, variance=False):
-    inputs = {"x": x, "W": w, "bias": bias, "scale": scale, "shift": shift, "order": order}
-    return op("NMMatMul", inputs, simd, keep=keep, group=group, variance=int(variance))
+def matmul(x, w, keep, group, simd="", bias=None, scale=None, shift=None, order=None, variance=False, center=None):
+    row_sum = row_sum_of(w) if center else None
+    inputs = {"x": x, "W": w, "bias": bias, "scale": scale, "shift": shift, "order": order, "row_sum": row_sum}
+    attributes = {"variance": int(variance), "center": CHOICES.index(center)}
+    return op("NMMatMul", inputs, simd, keep=keep, group=group, **attributes)
+
+
+def row_sum_of(w):
+    return w.astype(np.float32).sum(axis=0)
 
 
 def assert_pruned(x, keep, group, simd="", **given_):
@@ -58,7 +68,7 @@ def assert_pruned(x, keep, group, simd="", **given_):
 
 def assert_multiplied(x, w, keep, group, simd="", bias=None, **given_):
     got = matmul(x, w, keep, group, simd, bias, **given_)
-    want = reference.prune_matmul(x, w, keep, group, bias, **given_)
+    want = reference.prune_matmul(x, w, keep, group, bias, **given_, row_sum=row_sum_of(w))
     assert got.dtype == x.dtype and got.shape == want.shape
     size = reference.prune_matmul(np.abs(x), np.abs(w), group, group).max(initial=1) * 8 + np.abs(want).max(initial=0)
     np.testing.assert_allclose(got, want, rtol=STEP[x.dtype.type], atol=float(size) * 2.0**-24 * (2 + w.shape[0]))
@@ -73,7 +83,13 @@ def criterion(rng, channels, names):
     return {name: made[name] for name in names}
 
 
-CORRECTIONS = [{"variance": True}]
+CORRECTIONS = [
+    {"variance": True},
+    {"center": "mean"},
+    {"center": "median"},
+    {"variance": True, "center": "mean"},
+    {"variance": True, "center": "median"},
+]
 criteria = st.sets(st.sampled_from(["scale", "shift", "order"]))
 
 
@@ -121,7 +137,7 @@ def test_degenerate_tokens_equal_the_reference_and_touch_no_other(row, kind, cor
         for tokens in (x, x[:2], x[first]):
             got = matmul(tokens, w, 2, 4, bias=bias, **correction)
             with np.errstate(all="ignore"):
-                want = reference.prune_matmul(tokens, w, 2, 4, bias, **correction)
+                want = reference.prune_matmul(tokens, w, 2, 4, bias, **correction, row_sum=row_sum_of(w))
             limit = 2e-3 if kind == np.float16 else 1e-5
             with np.errstate(over="ignore"):
                 np.testing.assert_allclose(got, want.astype(kind), rtol=limit, atol=limit * 100)
@@ -162,8 +178,9 @@ def test_any_rank_and_no_tokens_are_legal(shape, correction):
 def test_the_result_does_not_depend_on_the_threads(tokens):
     rng = np.random.default_rng(tokens)
     x, w = rng.standard_normal((tokens, 512)).astype(np.float32), rng.standard_normal((512, 2048)).astype(np.float32)
-    attributes = {"keep": 8, "group": 16, "variance": 1}
-    for name, inputs in (("NMPrune", {"x": x}), ("NMMatMul", {"x": x, "W": w})):
+    attributes = {"keep": 8, "group": 16, "variance": 1, "center": 2}
+    product = {"x": x, "W": w, "bias": None, "scale": None, "shift": None, "order": None, "row_sum": row_sum_of(w)}
+    for name, inputs in (("NMPrune", {"x": x}), ("NMMatMul", product)):
         one, two = (run(name, inputs, threads=threads, **attributes) for threads in (1, 2))
         assert_same_bits(one, two)
 
@@ -173,10 +190,10 @@ def test_an_attribute_of_zero_is_no_attribute():
     x, w = rng.standard_normal((7, 40)).astype(np.float32), rng.standard_normal((40, 9)).astype(np.float32)
     for name, inputs in (("NMPrune", {"x": x}), ("NMMatMul", {"x": x, "W": w})):
         without = run(name, inputs, keep=2, group=4)
-        assert_same_bits(run(name, inputs, keep=2, group=4, variance=0), without)
+        assert_same_bits(run(name, inputs, keep=2, group=4, variance=0, center=0), without)
 
 
-@pytest.mark.parametrize("attributes", [{"variance": 2}, {"variance": -1}], ids=str)
+@pytest.mark.parametrize("attributes", [{"variance": 2}, {"variance": -1}, {"center": 3}], ids=str)
 def test_an_unknown_correction_ends_in_a_sentence(attributes):
     name = next(iter(attributes))
     with pytest.raises(Exception, match=f"NMPrune: the attribute '{name}' is .*; it must be 0 to"):
@@ -192,3 +209,55 @@ def test_the_variance_is_that_of_equation_5_in_torch():
     want = nu * ((z * mask) @ torch.from_numpy(w)) + torch.from_numpy(b)
     np.testing.assert_allclose(prune(x, 8, 16, variance=True), nu * z * mask, rtol=1e-5)
     np.testing.assert_allclose(matmul(x, w, 8, 16, bias=b, variance=True), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
+@pytest.mark.parametrize("center", ["mean", "median"])
+@pytest.mark.parametrize("shape", [(3, 5, 17), (17,), (0, 16), (2, 0)], ids=str)
+def test_the_second_output_is_the_center(shape, center, kind):
+    x = (np.random.default_rng(5).standard_normal(shape) + 1).astype(kind)
+    attributes = {"keep": 2, "group": 4, "center": CHOICES.index(center)}
+    y, got = Op("NMPrune", {"x": x}, outputs=2, **attributes).outputs(x=x)
+    assert_same_bits(y, run("NMPrune", {"x": x}, **attributes))
+    assert_same_bits(got, reference.center_of(x, center).astype(kind))
+
+
+def test_without_a_center_the_second_output_is_zero():
+    x = np.arange(24, dtype=np.float32).reshape(3, 8)
+    for attributes in ({}, {"variance": 1}):
+        y, center = Op("NMPrune", {"x": x}, outputs=2, keep=2, group=4, **attributes).outputs(x=x)
+        assert center.tolist() == [[0]] * 3 and y.any()
+
+
+@pytest.mark.parametrize("row_sum,words", [(None, "needs the input row_sum"), (np.ones(3, np.float32), r"\[3\]")])
+def test_a_center_without_a_row_sum_that_fits_ends_in_a_sentence(row_sum, words):
+    x, w = np.ones((1, 8), np.float32), np.ones((8, 4), np.float32)
+    inputs = {"x": x, "W": w, "bias": None, "scale": None, "shift": None, "order": None, "row_sum": row_sum}
+    with pytest.raises(Exception, match=f"NMMatMul: .*{words}"):
+        run("NMMatMul", inputs, keep=2, group=4, center=1)
+
+
+@pytest.mark.parametrize("center", ["mean", "median"])
+def test_the_center_is_that_of_d_pts_in_torch(center):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    rng = np.random.default_rng(6)
+    x, w, b = (rng.standard_normal(s).astype(np.float32) for s in ((9, 64), (64, 10), (10,)))
+    x += rng.standard_normal((9, 1)).astype(np.float32)
+    t, weight = torch.from_numpy(x), torch.from_numpy(w)
+    eta = t.mean(-1, keepdim=True) if center == "mean" else t.median(-1, keepdim=True).values
+    z = t - eta
+    best = z.abs().reshape(9, 4, 16).topk(8, dim=-1).indices
+    mask = torch.zeros(9, 4, 16).scatter_(-1, best, 1).reshape(9, 64)
+    nu = torch.sqrt(z.var(-1, keepdim=True) / (z * mask).var(-1, keepdim=True))
+    for variance, factor in ((False, 1), (True, nu)):
+        want = factor * ((z * mask) @ weight) + eta * weight.sum(0) + torch.from_numpy(b)
+        got = matmul(x, w, 8, 16, bias=b, center=center, variance=variance)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(prune(x, 8, 16, center=center, variance=variance), factor * z * mask, atol=1e-5)
+
+
+@pytest.mark.parametrize("center", ["mean", "median"])
+def test_keeping_every_channel_with_a_center_is_the_dense_product(center):
+    rng = np.random.default_rng(7)
+    x, w = rng.standard_normal((7, 40)).astype(np.float32), rng.standard_normal((40, 9)).astype(np.float32)
+    np.testing.assert_allclose(matmul(x + 1, w, 4, 4, center=center), (x + 1) @ w, rtol=1e-4, atol=1e-4)

@@ -1,16 +1,23 @@
-// What a token is multiplied by to make good what pruning took from it (Alanova et al., arXiv 2509.22166).
+// What a token is centred on and multiplied by to make good what pruning took from it (Alanova et al., arXiv 2509.22166).
 #pragma once
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <vector>
 
 #include "kernels/portable.h"
 
 namespace nmonnx {
 
 // The attributes of an op that ask for corrections; nothing is corrected without.
+enum class Center { kNone, kMean, kMedian };
+
 struct Correction {
   bool variance = false;
+  Center center = Center::kNone;
+
+  bool None() const { return !variance && center == Center::kNone; }
 };
 
 constexpr double kMaxRatio = 4.0;
@@ -25,6 +32,21 @@ double Sum(size_t count, Term&& term) {
   }
   for (; k < count; ++k) sums[k % 4] += term(k);
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// eta, the mean or the lower median of z; a NaN makes both NaN. Never -0.
+inline float CenterOf(Center center, const float* z, size_t channels, std::vector<float>& scratch) {
+  if (channels == 0) return 0.0f;
+  if (center == Center::kMean) {
+    return static_cast<float>(Sum(channels, [z](size_t k) { return double{z[k]}; }) / static_cast<double>(channels));
+  }
+  if (std::any_of(z, z + channels, [](float v) { return std::isnan(v); })) {
+    return std::numeric_limits<float>::quiet_NaN();
+  }
+  scratch.assign(z, z + channels);
+  const auto middle = scratch.begin() + static_cast<std::ptrdiff_t>((channels - 1) / 2);
+  std::nth_element(scratch.begin(), middle, scratch.end());
+  return *middle + 0.0f;
 }
 
 // The variance of value(0) .. value(count - 1), times count. In two passes: a large mean does no harm.

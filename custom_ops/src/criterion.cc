@@ -86,8 +86,10 @@ const uint64_t* Selector::Select(const float* x) {
     kernels_.prune.select_f32(x, channels_, pattern_.keep, pattern_.group, bits_.data());
     return bits_.data();
   }
-  if (criterion_.shift.empty()) return SelectScored(x);
-  for (size_t k = 0; k < channels_; ++k) z_[k] = x[k] - criterion_.shift[k];
+  if (!criterion_.MovesValues()) return SelectScored(x);
+  const float* shift = criterion_.shift.empty() ? nullptr : criterion_.shift.data();
+  for (size_t k = 0; k < channels_; ++k) z_[k] = shift ? x[k] - shift[k] : x[k];
+  TakeCenter();
   return SelectScored(z_.data());
 }
 
@@ -101,6 +103,7 @@ const uint64_t* Selector::Select(const Half* x) {
   if (!criterion_.shift.empty()) {
     for (size_t k = 0; k < channels_; ++k) z_[k] -= criterion_.shift[k];
   }
+  TakeCenter();
   return SelectScored(z_.data());
 }
 
@@ -108,10 +111,21 @@ template <>
 const uint64_t* Selector::Select(const double* x) {
   z_.resize(channels_);
   keys_.resize(channels_);
-  for (size_t k = 0; k < channels_; ++k) {
-    z_[k] = static_cast<float>(criterion_.shift.empty() ? x[k] : x[k] - static_cast<double>(criterion_.shift[k]));
+  const auto shifted = [&](size_t k) {
+    return criterion_.shift.empty() ? x[k] : x[k] - static_cast<double>(criterion_.shift[k]);
+  };
+  for (size_t k = 0; k < channels_; ++k) z_[k] = static_cast<float>(shifted(k));
+  if (criterion_.correction.center != Center::kNone) {
+    TakeCenter();
+    for (size_t k = 0; k < channels_; ++k) z_[k] = static_cast<float>(shifted(k) - static_cast<double>(center_));
   }
   return SelectScored(z_.data());
+}
+
+void Selector::TakeCenter() {
+  if (criterion_.correction.center == Center::kNone) return;
+  center_ = CenterOf(criterion_.correction.center, z_.data(), channels_, scratch_);
+  for (float& z : z_) z -= center_;
 }
 
 const uint64_t* Selector::SelectScored(const float* z) {

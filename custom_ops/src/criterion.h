@@ -18,14 +18,15 @@ struct Pattern {
   size_t KeptOf(size_t channels) const;
 };
 
-// score = |x - shift| * scale, groups cut along `order`; then the corrections. Empty where it would change nothing.
+// z = x - shift - center, score = |z| * scale, groups cut along `order`; then the corrections. Empty where it would change nothing.
 struct Criterion {
   std::vector<float> scale;
   std::vector<float> shift;
   std::vector<uint32_t> order;
   Correction correction;
 
-  bool IsPlain() const { return scale.empty() && shift.empty() && order.empty() && !correction.variance; }
+  bool IsPlain() const { return scale.empty() && shift.empty() && order.empty() && correction.None(); }
+  bool MovesValues() const { return !shift.empty() || correction.center != Center::kNone; }
 };
 
 // Reads the optional inputs scale, shift and order, which start at input `first`, for `channels` channels.
@@ -40,17 +41,22 @@ class Selector {
   template <class T>
   const uint64_t* Select(const T* x);
 
-  // x - shift of the token that was selected last, in float; only where there is a shift.
-  const float* shifted() const { return z_.data(); }
+  // z of the token that was selected last, in float; only where the criterion moves values.
+  const float* moved() const { return z_.data(); }
+  // What that token was centred on; 0 without a center.
+  float center() const { return center_; }
 
  private:
   const uint64_t* SelectScored(const float* z);
+  void TakeCenter();
 
   const Kernels& kernels_;
   const Pattern pattern_;
   const Criterion& criterion_;
   const size_t channels_;
+  float center_ = 0.0f;
   std::vector<float> z_;
+  std::vector<float> scratch_;
   std::vector<int32_t> keys_;
   std::vector<uint64_t> bits_;
   std::vector<uint64_t> ordered_bits_;

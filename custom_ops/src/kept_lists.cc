@@ -9,9 +9,9 @@ namespace {
 
 constexpr size_t kTaskSize = 1 << 14;  // channels a task selects at least
 
-// The value that is multiplied: x - shift, rounded to the type of x as NMPrune does.
-float ValueOf(const float* x, const float* shifted, size_t k) { return shifted ? shifted[k] : x[k]; }
-float ValueOf(const Half* x, const float* shifted, size_t k) { return Widen(shifted ? Narrow(shifted[k]) : x[k]); }
+// The value that is multiplied: x - shift - center, rounded to the type of x as NMPrune does.
+float ValueOf(const float* x, const float* moved, size_t k) { return moved ? moved[k] : x[k]; }
+float ValueOf(const Half* x, const float* moved, size_t k) { return Widen(moved ? Narrow(moved[k]) : x[k]); }
 
 // Most entries of a token in one block: with an order, or where groups cross blocks, a block may be kept whole.
 size_t Capacity(size_t channels, size_t block_rows, Pattern pattern, const Criterion& criterion) {
@@ -27,7 +27,8 @@ KeptLists::KeptLists(size_t tokens, size_t channels, size_t block_rows, Pattern 
     : pattern_(pattern), criterion_(criterion), tokens_(tokens), channels_(channels), block_rows_(block_rows),
       blocks_(std::max<size_t>(1, (channels + block_rows - 1) / block_rows)),
       capacity_(Capacity(channels, block_rows, pattern, criterion)), entries_(blocks_ * tokens * capacity_),
-      counts_(blocks_ * tokens), ratios_(criterion.correction.variance ? tokens : 0) {}
+      counts_(blocks_ * tokens), ratios_(criterion.correction.variance ? tokens : 0),
+      centers_(criterion.correction.center != Center::kNone ? tokens : 0) {}
 
 template <class T>
 void KeptLists::Fill(const Call& call, const Kernels& kernels, const T* x) {
@@ -38,10 +39,11 @@ void KeptLists::Fill(const Call& call, const Kernels& kernels, const T* x) {
     for (size_t t = task * tokens_per_task; t < end; ++t) {
       const T* token = x + t * channels_;
       const uint64_t* bits = selector.Select(token);
-      const float* shifted = criterion_.shift.empty() ? nullptr : selector.shifted();
-      FillToken(token, shifted, bits, t);
+      const float* moved = criterion_.MovesValues() ? selector.moved() : nullptr;
+      FillToken(token, moved, bits, t);
+      if (!centers_.empty()) centers_[t] = selector.center();
       if (!criterion_.correction.variance) continue;
-      ratios_[t] = VarianceRatio(channels_, bits, [=](size_t k) { return double{ValueOf(token, shifted, k)}; });
+      ratios_[t] = VarianceRatio(channels_, bits, [=](size_t k) { return double{ValueOf(token, moved, k)}; });
     }
   });
 }
@@ -50,7 +52,7 @@ template void KeptLists::Fill(const Call&, const Kernels&, const float*);
 template void KeptLists::Fill(const Call&, const Kernels&, const Half*);
 
 template <class T>
-void KeptLists::FillToken(const T* x, const float* shifted, const uint64_t* bits, size_t token) {
+void KeptLists::FillToken(const T* x, const float* moved, const uint64_t* bits, size_t token) {
   for (size_t block = 0; block < blocks_; ++block) {
     const size_t begin = block * block_rows_, end = std::min(channels_, begin + block_rows_);
     Entry* const entries = entries_.data() + (block * tokens_ + token) * capacity_;
@@ -61,7 +63,7 @@ void KeptLists::FillToken(const T* x, const float* shifted, const uint64_t* bits
       if (end - base < 64) word &= (uint64_t{1} << (end - base)) - 1;
       for (; word != 0; word &= word - 1) {
         const size_t k = base + static_cast<size_t>(__builtin_ctzll(word));
-        *entry++ = {static_cast<uint32_t>(k), ValueOf(x, shifted, k)};
+        *entry++ = {static_cast<uint32_t>(k), ValueOf(x, moved, k)};
       }
     }
     counts_[block * tokens_ + token] = static_cast<uint32_t>(entry - entries);

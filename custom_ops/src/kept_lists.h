@@ -23,8 +23,10 @@ class KeptLists {
   const Entry* Entries(size_t block, size_t token) const {
     return entries_.data() + (block * tokens_ + token) * capacity_;
   }
-  // What the product of a token is multiplied by; only where the criterion corrects the variance.
-  float Ratio(size_t token) const { return ratios_[token]; }
+  // What the product of a token is multiplied by; 1 where the criterion does not correct the variance.
+  float Ratio(size_t token) const { return ratios_.empty() ? 1.0f : ratios_[token]; }
+  // What a token was centred on; only where the criterion has a center.
+  float Center(size_t token) const { return centers_[token]; }
   size_t Count(size_t block, size_t token) const { return counts_[block * tokens_ + token]; }
   BlockEntries Block(size_t block) const {
     return {Entries(block, 0), counts_.data() + block * tokens_, capacity_, tokens_, block * block_rows_};
@@ -32,7 +34,7 @@ class KeptLists {
 
  private:
   template <class T>
-  void FillToken(const T* x, const float* shifted, const uint64_t* bits, size_t token);
+  void FillToken(const T* x, const float* moved, const uint64_t* bits, size_t token);
 
   const Pattern pattern_;
   const Criterion& criterion_;
@@ -40,6 +42,7 @@ class KeptLists {
   std::vector<Entry> entries_;
   std::vector<uint32_t> counts_;
   std::vector<float> ratios_;
+  std::vector<float> centers_;
 };
 
 }  // namespace nmonnx

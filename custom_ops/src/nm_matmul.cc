@@ -1,6 +1,6 @@
-// NMMatMul(x, W, bias?, scale?, shift?, order?) -> y: y = NMPrune(x) W + bias. Rows of W that no token keeps are
-// not read. W lies as ONNX stores it and is never copied. Where the attribute `variance` asks for it, the product is
-// multiplied by nu before the bias is added.
+// NMMatMul(x, W, bias?, scale?, shift?, order?, row_sum?) -> y: y = NMPrune(x) W + bias. Rows of W that no token keeps are
+// not read. W lies as ONNX stores it and is never copied. Where the attributes `variance` and `center` ask for
+// it, the product is multiplied by nu and center * row_sum is added, before the bias.
 //
 // Which product runs depends on the number of tokens T in the call:
 //   T = 1     Gemv: 8 kept rows side by side
@@ -164,12 +164,17 @@ size_t BlockRows(Pattern pattern, size_t tokens, size_t channels) {
   return static_cast<size_t>(pattern.group) * CeilDiv(8, static_cast<size_t>(pattern.keep));
 }
 
-// y = nu y + bias, token by token, after the product.
-void Correct(const Call& call, const KeptLists& lists, size_t columns, const float* bias, float* y) {
+// y = nu y + center row_sum + bias, token by token, after the product.
+void Correct(const Call& call, const KeptLists& lists, size_t columns, const float* row_sum, const float* bias,
+             float* y) {
   call.ParallelFor(lists.tokens(), [&](size_t t) {
-    const float nu = lists.Ratio(t);
+    const float nu = lists.Ratio(t), center = row_sum ? lists.Center(t) : 0.0f;
     float* row = y + t * columns;
-    for (size_t n = 0; n < columns; ++n) row[n] = bias ? nu * row[n] + bias[n] : nu * row[n];
+    for (size_t n = 0; n < columns; ++n) {
+      row[n] *= nu;
+      if (row_sum) row[n] += center * row_sum[n];
+      if (bias) row[n] += bias[n];
+    }
   });
 }
 
@@ -205,6 +210,18 @@ const float* ReadBias(const Call& call, const PruneKernels& kernels, size_t colu
   return copy.get();
 }
 
+// What W adds up to, column by column: a center meets it. Nothing without a center.
+const float* ReadRowSum(const Call& call, Center center, size_t columns) {
+  if (center == Center::kNone) return nullptr;
+  const std::optional<Tensor> row_sum = call.OptionalInput(6);
+  if (!row_sum) throw Refusal("NMMatMul: the attribute 'center' needs the input row_sum, the sum of the rows of W");
+  if (row_sum->dims.size() != 1 || row_sum->Count() != columns) {
+    throw Refusal("NMMatMul: row_sum has shape " + ToString(row_sum->dims) + "; it must be [" +
+                  std::to_string(columns) + "] (the columns of W)");
+  }
+  return row_sum->As<float>();
+}
+
 void Store(const PruneKernels&, const float*, size_t, float*) {}
 void Store(const PruneKernels& kernels, const float* sums, size_t count, Half* y) { kernels.narrow(sums, count, y); }
 float* SumsIn(float* y, size_t, Floats&) { return y; }
@@ -228,6 +245,7 @@ void MatMul(const Call& call, Pattern pattern, Correction correction, const Kern
   const Criterion criterion = ReadCriterion(call, 3, channels, correction);
   Floats bias_copy, scratch;
   const float* bias = ReadBias<X>(call, kernels.prune, columns, bias_copy);
+  const float* row_sum = ReadRowSum(call, correction.center, columns);
   X* y = static_cast<X*>(call.Output(dims));
   if (tokens == 0 || columns == 0) return;
 
@@ -237,15 +255,16 @@ void MatMul(const Call& call, Pattern pattern, Correction correction, const Kern
     KeptLists lists(some, channels, BlockRows(pattern, some, channels), pattern, criterion);
     lists.Fill(call, kernels, x.As<X>() + first * channels);
     float* sums = SumsIn(y + first * columns, some * columns, scratch);
-    Multiply(call, lists, w, correction.variance ? nullptr : bias, sums);
-    if (correction.variance) Correct(call, lists, columns, bias, sums);
+    Multiply(call, lists, w, correction.None() ? bias : nullptr, sums);
+    if (!correction.None()) Correct(call, lists, columns, row_sum, bias, sums);
     Store(kernels.prune, sums, some * columns, y + first * columns);
   }
 }
 
 OpSpec Spec(ONNXTensorElementDataType x, ONNXTensorElementDataType w, decltype(OpSpec::compute) compute) {
   constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-  return {"NMMatMul", {x, w, x, kFloat, kFloat, ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED}, 2, x, false, true, compute};
+  constexpr auto kAny = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+  return {"NMMatMul", {x, w, x, kFloat, kFloat, kAny, kFloat}, 2, {x}, false, true, compute};
 }
 
 }  // namespace

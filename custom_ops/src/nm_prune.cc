@@ -1,5 +1,5 @@
-// NMPrune(x, scale?, shift?, order?) -> y: y is x - shift with all but the best channels of each group zero,
-// times nu where the attribute `variance` asks for it.
+// NMPrune(x, scale?, shift?, order?) -> y, center?: y is x - shift - center with all but the best channels of each
+// group zero, times nu where the attribute `variance` asks for it.
 
 #include <algorithm>
 
@@ -37,16 +37,24 @@ void Apply(const PruneKernels&, const double* x, const uint64_t* bits, size_t co
   PortableApply(x, bits, count, y);
 }
 
-// y = x - shift, rounded to the type of x.
-void Shift(const PruneKernels&, const float*, const float* z, const std::vector<float>& shift, float* y) {
-  std::copy(z, z + shift.size(), y);
+// y = x - shift - center of the token that was selected last, rounded to the type of x.
+void Move(const PruneKernels&, const Selector& selector, const std::vector<float>&, const float*, size_t channels,
+          float* y) {
+  std::copy(selector.moved(), selector.moved() + channels, y);
 }
-void Shift(const PruneKernels& kernels, const Half*, const float* z, const std::vector<float>& shift, Half* y) {
-  kernels.narrow(z, shift.size(), y);
+void Move(const PruneKernels& kernels, const Selector& selector, const std::vector<float>&, const Half*,
+          size_t channels, Half* y) {
+  kernels.narrow(selector.moved(), channels, y);
 }
-void Shift(const PruneKernels&, const double* x, const float*, const std::vector<float>& shift, double* y) {
-  for (size_t k = 0; k < shift.size(); ++k) y[k] = x[k] - static_cast<double>(shift[k]);
+void Move(const PruneKernels&, const Selector& selector, const std::vector<float>& shift, const double* x,
+          size_t channels, double* y) {
+  const double center = selector.center();
+  for (size_t k = 0; k < channels; ++k) y[k] = (shift.empty() ? x[k] : x[k] - static_cast<double>(shift[k])) - center;
 }
+
+void Put(float value, float& to) { to = value; }
+void Put(float value, Half& to) { to = Narrow(value); }
+void Put(float value, double& to) { to = value; }
 
 double Exact(float x) { return x; }
 double Exact(Half x) { return Widen(x); }
@@ -83,7 +91,7 @@ void PruneFlat(const Call& call, Pattern pattern, const Kernels& kernels, const 
 
 template <class T>
 void PruneTokens(const Call& call, Pattern pattern, const Kernels& kernels, const Criterion& criterion, const T* x,
-                 size_t tokens, size_t channels, T* y) {
+                 size_t tokens, size_t channels, T* y, T* centers) {
   const size_t tokens_per_task = std::max<size_t>(1, kTaskSize / channels);
   call.ParallelFor((tokens + tokens_per_task - 1) / tokens_per_task, [&](size_t task) {
     Selector selector(kernels, pattern, criterion, channels);
@@ -92,8 +100,9 @@ void PruneTokens(const Call& call, Pattern pattern, const Kernels& kernels, cons
       const T* from = x + t * channels;
       T* to = y + t * channels;
       const uint64_t* bits = selector.Select(from);
-      if (!criterion.shift.empty()) {
-        Shift(kernels.prune, from, selector.shifted(), criterion.shift, to);
+      if (centers) Put(selector.center(), centers[t]);
+      if (criterion.MovesValues()) {
+        Move(kernels.prune, selector, criterion.shift, from, channels, to);
         from = to;
       }
       if (criterion.correction.variance) {
@@ -112,12 +121,16 @@ void Prune(const Call& call, Pattern pattern, Correction correction, const Kerne
   const size_t channels = static_cast<size_t>(x.dims.back());
   const Criterion criterion = ReadCriterion(call, 1, channels, correction);
   T* y = static_cast<T*>(call.Output(x.dims));
+  Dims one_each = x.dims;
+  one_each.back() = 1;
+  T* centers = static_cast<T*>(call.OptionalOutput(1, one_each));
   const size_t count = x.Count();
+  if (centers) std::fill(centers, centers + Elements(one_each), T{0});
   if (count == 0) return;
   if (criterion.IsPlain() && (channels % static_cast<size_t>(pattern.group) == 0 || count == channels)) {
     PruneFlat(call, pattern, kernels, x.As<T>(), count, y);
   } else {
-    PruneTokens(call, pattern, kernels, criterion, x.As<T>(), count / channels, channels, y);
+    PruneTokens(call, pattern, kernels, criterion, x.As<T>(), count / channels, channels, y, centers);
   }
 }
 
@@ -126,7 +139,7 @@ OpSpec Spec() {
   return {"NMPrune",
           {Type<T>::kOnnx, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
            ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED},
-          1, Type<T>::kOnnx, true, false, Prune<T>};
+          1, {Type<T>::kOnnx, Type<T>::kOnnx}, true, false, Prune<T>};
 }
 
 }  // namespace

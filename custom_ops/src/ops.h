@@ -12,8 +12,8 @@ struct OpSpec {
   const char* name;
   std::vector<ONNXTensorElementDataType> inputs;
   size_t required_inputs;
-  ONNXTensorElementDataType output;
-  bool may_inplace;  // the output may overwrite input 0
+  std::vector<ONNXTensorElementDataType> outputs;  // all but the first are optional
+  bool may_inplace;  // the first output may overwrite input 0
   bool multiplies;   // the last dimension of the output is that of input 1
   void (*compute)(const Call& call, Pattern pattern, Correction correction, const Kernels& kernels);
 };

@@ -8,11 +8,13 @@ std::string ToString(const Dims& dims) {
   return text + "]";
 }
 
-size_t Tensor::Count() const {
+size_t Elements(const Dims& dims) {
   size_t count = 1;
   for (const int64_t dim : dims) count *= static_cast<size_t>(dim);
   return count;
 }
+
+size_t Tensor::Count() const { return Elements(dims); }
 
 void Check(const Api& api, OrtStatus* status) {
   if (!status) return;
@@ -50,9 +52,12 @@ std::optional<Tensor> Call::OptionalInput(size_t index) const {
   return tensor;
 }
 
-void* Call::Output(const Dims& dims) const {
+void* Call::Output(const Dims& dims) const { return OptionalOutput(0, dims); }
+
+void* Call::OptionalOutput(size_t index, const Dims& dims) const {
   OrtValue* value = nullptr;
-  Check(api_, api_.KernelContext_GetOutput(context_, 0, dims.data(), dims.size(), &value));
+  Check(api_, api_.KernelContext_GetOutput(context_, index, dims.data(), dims.size(), &value));
+  if (!value) return nullptr;
   void* data = nullptr;
   Check(api_, api_.GetTensorMutableData(value, &data));
   return data;

@@ -20,6 +20,7 @@ struct Refusal : std::runtime_error {
 using Dims = std::vector<int64_t>;
 
 std::string ToString(const Dims& dims);
+size_t Elements(const Dims& dims);
 
 // A tensor that ORT owns.
 struct Tensor {
@@ -61,6 +62,8 @@ class Call {
   // Nothing where the input is absent or has an empty name.
   std::optional<Tensor> OptionalInput(size_t index) const;
   void* Output(const Dims& dims) const;
+  // nullptr where nothing reads the output.
+  void* OptionalOutput(size_t index, const Dims& dims) const;
 
   // Runs task(0) .. task(count - 1) on the session's threads.
   template <class Task>

@@ -82,7 +82,8 @@ OrtStatus* CreateKernel(const OrtCustomOp* self, const OrtApi*, const OrtKernelI
                     std::to_string(group) + " channels; 'group' must be 1 to " + std::to_string(kMaxGroup) +
                     " and 'keep' 1 to 'group'");
     }
-    const Correction correction{ReadChoice(op, info, "variance", 1) == 1};
+    const Correction correction{ReadChoice(op, info, "variance", 1) == 1,
+                                static_cast<Center>(ReadChoice(op, info, "center", 2))};
     *kernel = new Kernel{op, {static_cast<int>(keep), static_cast<int>(group)}, correction};
   });
 }
@@ -115,6 +116,7 @@ Shape InputShape(const Api& api, const OrtShapeInferContext* context, size_t ind
 }
 
 // ORT asks the first overload of a name for all of them: the type of the output is that of x, not of the overload.
+// The second output of NMPrune is left alone: ORT does not say whether the node has one, and does not check.
 OrtStatus* InferShape(const OrtCustomOp* self, OrtShapeInferContext* context) {
   const Op& op = Self(self);
   const Api& api = op.library.api;
@@ -148,13 +150,15 @@ Op::Op(const Library& owner, OpSpec description, OrtVersion ort)
   GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
   GetInputType = [](const OrtCustomOp* op, size_t i) { return Self(op).spec.inputs[i]; };
   GetInputTypeCount = [](const OrtCustomOp* op) { return Self(op).spec.inputs.size(); };
-  GetOutputType = [](const OrtCustomOp* op, size_t) { return Self(op).spec.output; };
-  GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
+  GetOutputType = [](const OrtCustomOp* op, size_t i) { return Self(op).spec.outputs[i]; };
+  GetOutputTypeCount = [](const OrtCustomOp* op) { return Self(op).spec.outputs.size(); };
   KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   GetInputCharacteristic = [](const OrtCustomOp* op, size_t i) {
     return i < Self(op).spec.required_inputs ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
   };
-  GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
+  GetOutputCharacteristic = [](const OrtCustomOp*, size_t i) {
+    return i == 0 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+  };
   GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
   GetVariadicInputMinArity = [](const OrtCustomOp*) { return 0; };
   GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 0; };
