@@ -1,4 +1,4 @@
-// What a token is centred on and multiplied by to make good what pruning took from it (Alanova et al., arXiv 2509.22166).
+// What a token is centred on and multiplied by to make good what pruning took (Alanova et al., arXiv 2509.22166).
 #pragma once
 
 #include <algorithm>

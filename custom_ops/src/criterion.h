@@ -18,7 +18,8 @@ struct Pattern {
   size_t KeptOf(size_t channels) const;
 };
 
-// z = x - shift - center, score = |z| * scale, groups cut along `order`; then the corrections. Empty where it would change nothing.
+// z = x - shift - center, score = |z| * scale, groups cut along `order`; then the corrections. Empty where it would
+// change nothing.
 struct Criterion {
   std::vector<float> scale;
   std::vector<float> shift;

@@ -1,6 +1,6 @@
-// NMMatMul(x, W, bias?, scale?, shift?, order?, row_sum?) -> y: y = NMPrune(x) W + bias. Rows of W that no token keeps are
-// not read. W lies as ONNX stores it and is never copied. Where the attributes `variance` and `center` ask for
-// it, the product is multiplied by nu and center * row_sum is added, before the bias.
+// NMMatMul(x, W, bias?, scale?, shift?, order?, row_sum?) -> y: y = NMPrune(x) W + bias. Rows of W that no token keeps
+// are not read. W lies as ONNX stores it and is never copied. Where the attributes `variance` and `center` ask for it,
+// the product is multiplied by nu and center * row_sum is added, before the bias.
 //
 // Which product runs depends on the number of tokens T in the call:
 //   T = 1     Gemv: 8 kept rows side by side
