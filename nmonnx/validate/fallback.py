@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper
 
 from nmonnx.feeds.sample import explain
 from nmonnx.graph import DOMAIN
+from nmonnx.passes.bodies import INPUTS
 from nmonnx.reference import prune, prune_matmul
 from nmonnx.sites import Site
-from nmonnx.validate.pair import SLOTS, Pair
+from nmonnx.validate.pair import Pair
 from nmonnx.validate.result import Check, counted
 from nmonnx.validate.structure import sites_of
 
@@ -57,7 +59,7 @@ def _uses(pair: Pair, sites: Sequence[Site]) -> Iterator[_Use]:
             options = {a.name: a.i for a in node.attribute}
             keep, group = options.get("keep", 0), options.get("group", 0)
             if node.domain == DOMAIN and site is not None and site.elem in _DTYPES and 0 < keep <= group:
-                given = zip(SLOTS.get(node.op_type, ()), node.input, strict=False)
+                given = zip(INPUTS.get(node.op_type, ()), node.input, strict=False)
                 brought = tuple(slot for slot, name in given if name)
                 yield _Use(node.op_type, keep, group, site.k % group, site.elem, brought, options.get("variance"))
 
@@ -100,7 +102,7 @@ def _arrays(use: _Use) -> dict[str, np.ndarray]:
 def _trial(model: ModelProto, function: FunctionProto, use: _Use, arrays: dict[str, np.ndarray]) -> ModelProto:
     """A model of one node that calls the function."""
     node = NodeProto(op_type=use.op, domain=DOMAIN, name=use.op, output=["y"])
-    node.input.extend(slot if slot in arrays else "" for slot in SLOTS.get(use.op, ())[: len(function.input)])
+    node.input.extend(slot if slot in arrays else "" for slot in INPUTS.get(use.op, ())[: len(function.input)])
     node.attribute.extend([helper.make_attribute("keep", use.keep), helper.make_attribute("group", use.group)])
     if use.variance is not None:
         node.attribute.append(helper.make_attribute("variance", use.variance))
@@ -125,7 +127,7 @@ def _run(trial: ModelProto, feed: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def _agrees(got: np.ndarray, feed: dict[str, np.ndarray], use: _Use) -> bool:
-    criterion = {slot: feed.get(slot) for slot in ("scale", "shift", "order")}
+    criterion: dict[str, Any] = {slot: feed.get(slot) for slot in ("scale", "shift", "order")}
     variance = bool(use.variance)
     if use.op == "NMPrune":
         want = prune(feed["x"], use.keep, use.group, **criterion, variance=variance)

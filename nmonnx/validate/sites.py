@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from onnx import NodeProto
@@ -92,7 +93,7 @@ class _Probe:
 
     def select(self, x: np.ndarray, variance: bool = False) -> np.ndarray:
         """The kept values of x, or of x - shift."""
-        criterion = {slot: self.options.get(slot) for slot in ("scale", "shift", "order")}
+        criterion: dict[str, Any] = {slot: self.options.get(slot) for slot in ("scale", "shift", "order")}
         return prune(x, self.pattern.n, self.pattern.m, **criterion, variance=variance)
 
     def prune(self, x: np.ndarray) -> np.ndarray:
