@@ -12,13 +12,13 @@ import yaml
 from nmonnx.criteria import CALIBRATED, CRITERIA
 from nmonnx.errors import InputError, UsageError
 from nmonnx.pattern import Pattern
+from nmonnx.shifts import CENTERS, SHIFTS
 
 KERNELS = ("auto", "prune", "fused")
 FALLBACKS = ("function", "none")
 SHARES = ("joint", "separate")
 ORDERS = ("none", "deal", "swap")
-SHIFTS = ("s-pts", "s-pts-scalar")
-MITIGATIONS = (*SHIFTS, "var")
+MITIGATIONS = (*SHIFTS, *CENTERS, "var")
 ALLOCATIONS = ("uniform", "forward")
 DEFAULT_PATTERN = Pattern(8, 16)
 SCHEMA_VERSION = 1
@@ -45,8 +45,9 @@ class Recipe:
     share     "joint": layers that read one activation share one prune, with a joint criterion; "separate": one each
     order     "deal": cut the groups of each layer along its channels dealt by calibrated rms; "swap": the same, then
               channels that are wanted in the same tokens are parted; "none": as they lie
-    mitigations corrections: "s-pts" (shift by the calibrated mean of each channel, folded into biases),
-              "s-pts-scalar" (by the mean over tokens of their median), "var" (restore the variance of each token)
+    mitigations corrections: one of `nmonnx.shifts.SHIFTS`, such as "s-pts" (shift by the calibrated mean of each
+              channel, folded into biases), or "d-pts" (by the median of each token) or "d-pts-mean" (by its mean);
+              "var" (restore the variance of each token, that of what is left after the shift)
     allocate  "forward": a kept N for each layer, from its measured sensitivity, at the weight bytes of `pattern`;
               "uniform": the same N everywhere
     patterns  selector -> pattern of the layers that it matches, the last one wins; others have `pattern`
@@ -78,12 +79,22 @@ class Recipe:
         unknown = [m for m in self.mitigations if m not in MITIGATIONS]
         if unknown:
             raise UsageError(f"mitigation {unknown[0]!r} is not one of {', '.join(MITIGATIONS)}")
-        if {"s-pts", "s-pts-scalar"} <= set(self.mitigations):
-            raise UsageError("mitigations s-pts and s-pts-scalar are two choices of one shift; give one of them")
-        if set(SHIFTS) & set(self.mitigations) and self.kernel == "prune":
-            raise UsageError("mitigation s-pts needs a bias to fold into, which kernel prune has not; use auto")
+        self._refuse_two_shifts()
         if self.patterns and self.allocate != "uniform":
             raise UsageError("patterns for single layers and an allocation exclude each other; give one of them")
+
+    def _refuse_two_shifts(self) -> None:
+        fixed, own = ([m for m in self.mitigations if m in known] for known in (SHIFTS, CENTERS))
+        if fixed and own:
+            raise UsageError(
+                f"mitigations {own[0]} and {fixed[0]} exclude each other: a token is moved by a number of its own or by"
+                " calibrated ones; give one of them"
+            )
+        several = next((names for names in (fixed, own) if len(set(names)) > 1), None)
+        if several:
+            raise UsageError(
+                f"mitigations {several[0]} and {several[1]} are two choices of one shift; give one of them"
+            )
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -147,7 +147,9 @@ def _squared_deviation(values: np.ndarray) -> np.ndarray:
     return (off * off).sum(axis=-1, keepdims=True)
 
 
-def scores(x: np.ndarray, scale: np.ndarray | None, shift: np.ndarray | None, center: Center | None = None) -> np.ndarray:
+def scores(
+    x: np.ndarray, scale: np.ndarray | None, shift: np.ndarray | None, center: Center | None = None
+) -> np.ndarray:
     """|x - shift| * scale in the shape of `x`, float32; 0 where the scale is 0."""
     with np.errstate(invalid="ignore", over="ignore"):
         size = np.abs(_moved(x, shift, center).astype(np.float32))

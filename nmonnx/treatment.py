@@ -14,8 +14,9 @@ from nmonnx.criteria import Layer, channel_scale, normalised
 from nmonnx.errors import InputError, Unseen, UsageError
 from nmonnx.grouping import Lost, deal, lost, swap
 from nmonnx.pattern import Pattern
-from nmonnx.recipe import SHIFTS, Recipe
-from nmonnx.reference import keep_mask, scores
+from nmonnx.recipe import Recipe
+from nmonnx.reference import Center, keep_mask, scores
+from nmonnx.shifts import CENTERS, SHIFTS
 from nmonnx.sites import Found, Site, matching
 
 if TYPE_CHECKING:
@@ -29,13 +30,15 @@ _LEAST_SHARE = 4
 @dataclass(frozen=True, eq=False)
 class Treatment:
     """The constants of one prune, as in the op contract: `scale` [K] and `shift` [K] or [1], float32, and `order` [K],
-    int64; None where neutral. `variance`: the op restores the variance of each token (VAR)."""
+    int64; None where neutral. `variance`: the op restores the variance of each token (VAR), `center`: it moves each
+    token by a number of its own (D-PTS)."""
 
     pattern: Pattern
     scale: np.ndarray | None = None
     shift: np.ndarray | None = None
     order: np.ndarray | None = None
     variance: bool = False
+    center: Center | None = None
 
     def constants(self) -> dict[str, np.ndarray]:
         """The op's inputs, by name."""
@@ -76,7 +79,8 @@ def plan(
     plain: dict[str, str] = {}
     made: list[tuple[list[Site], Treatment]] = []
     for group in share(sites, recipe.share, patterns):
-        treatment = Treatment(patterns.get(group[0].name, recipe.pattern), variance="var" in recipe.mitigations)
+        pattern, center = patterns.get(group[0].name, recipe.pattern), _center(recipe)
+        treatment = Treatment(pattern, variance="var" in recipe.mitigations, center=center)
         try:
             seen = stats.of(group[0].name) if stats is not None and recipe.needs else None
             scale = custom.of(group) if custom else channel_scale(recipe.criterion, (_layer(s, seen) for s in group))
@@ -113,8 +117,9 @@ def share(sites: Sequence[Site], how: str, patterns: Mapping[str, Pattern]) -> l
 
 def _calibrated(recipe: Recipe, treatment: Treatment, seen: Seen | None) -> Treatment:
     """With the shift and the order that the recipe asks for."""
-    if seen is not None and set(SHIFTS) & set(recipe.mitigations):
-        treatment = replace(treatment, shift=_shift(recipe.mitigations, seen))
+    shift = next((m for m in recipe.mitigations if m in SHIFTS), None)
+    if seen is not None and shift:
+        treatment = replace(treatment, shift=SHIFTS[shift](seen))
     if seen is not None and recipe.order != "none":
         strength = seen.rms * (1 if treatment.scale is None else treatment.scale)
         treatment = replace(treatment, order=deal(strength, treatment.pattern.m))
@@ -126,15 +131,14 @@ def _ordered(how: str, treatment: Treatment, seen: Seen) -> tuple[Treatment, Los
     order spares."""
     n, m, order = treatment.pattern.n, treatment.pattern.m, treatment.order
     assert order is not None
-    score = scores(seen.sample.astype(np.float32), treatment.scale, treatment.shift)
+    score = scores(seen.sample.astype(np.float32), treatment.scale, treatment.shift, treatment.center)
     if how == "swap":
         order = swap(order, score, n, m)
     return replace(treatment, order=order), lost(score, n, m, order)
 
 
-def _shift(mitigations: Sequence[str], seen: Seen) -> np.ndarray:
-    """S-PTS: a shift that does not depend on the call, the mean of each channel or one number for all."""
-    return seen.mean if "s-pts" in mitigations else np.array([seen.token_median], np.float32)
+def _center(recipe: Recipe) -> Center | None:
+    return next((CENTERS[m] for m in recipe.mitigations if m in CENTERS), None)
 
 
 def _patterns(recipe: Recipe, found: Found) -> dict[str, Pattern]:
@@ -186,7 +190,8 @@ def _lost(group: Sequence[Site], treatment: Treatment, seen: Seen) -> np.ndarray
     energy = np.square(x * norms)
     total = np.maximum(energy.sum(axis=1), np.finfo(np.float32).tiny)
     m = treatment.pattern.m
-    kept = (keep_mask(x, n, m, treatment.scale, treatment.shift, treatment.order) for n in range(1, m + 1))
+    criterion = (treatment.scale, treatment.shift, treatment.order, treatment.center)
+    kept = (keep_mask(x, n, m, *criterion) for n in range(1, m + 1))
     return np.array([float(((energy * ~mask).sum(axis=1) / total).mean()) for mask in kept])
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from nmonnx.graph import Model
 from nmonnx.passes.emit_functions import EmitFunctions
+from nmonnx.passes.fold_center import FoldCenter
 from nmonnx.passes.fold_shift import FoldShift
 from nmonnx.passes.fuse_matmul import FuseMatMul
 from nmonnx.passes.insert_prune import InsertPrune
@@ -20,7 +21,18 @@ from nmonnx.recipe import Recipe
 from nmonnx.sites import Site, Skipped
 from nmonnx.treatment import Plan
 
-__all__ = ["EmitFunctions", "FoldShift", "FuseMatMul", "InsertPrune", "Pass", "PassResult", "Stamp", "pipeline", "run"]
+__all__ = [
+    "EmitFunctions",
+    "FoldCenter",
+    "FoldShift",
+    "FuseMatMul",
+    "InsertPrune",
+    "Pass",
+    "PassResult",
+    "Stamp",
+    "pipeline",
+    "run",
+]
 
 
 class Pass(Protocol):
@@ -43,6 +55,7 @@ def pipeline(recipe: Recipe, plan: Plan, left: Sequence[Skipped] = ()) -> tuple[
         InsertPrune(plan.treatments),
         FuseMatMul(recipe.kernel),
         FoldShift(),
+        FoldCenter(),
         EmitFunctions(recipe.fallback),
         Stamp(recipe, tuple(left)),
     )

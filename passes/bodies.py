@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nmonnx.graph import DOMAIN
+from nmonnx.reference import Center
 
 OLDEST_OPSET = 9
 SLICE_OPSET = 10
@@ -19,6 +20,9 @@ CRITERION = ("scale", "shift", "order")
 
 INPUTS = {"NMPrune": ("x", *CRITERION), "NMMatMul": ("x", "W", "bias", *CRITERION, "row_sum")}
 """Inputs of each op, by position."""
+
+CENTER_VALUES: Mapping[Center | None, int] = {None: 0, "mean": 1, "median": 2}
+"""The attribute `center` of both ops."""
 
 
 @dataclass(frozen=True)

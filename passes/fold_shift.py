@@ -1,69 +1,84 @@
-"""Fold what a shift takes from the activation into the bias of the layer: y = P(x - shift) W + (b + shift W)."""
+"""Make up behind the layer for what a shift takes from the activation: y = P(x - shift) W + (b + shift W)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from nmonnx.errors import InputError
 from nmonnx.graph import Model
+from nmonnx.passes.behind import Edit, add_behind, end_of, product_with, settle
 from nmonnx.passes.bodies import INPUTS
 from nmonnx.passes.result import PassResult
-from nmonnx.passes.surgery import Constants, Names, brought_by, nodes_of_sites
+from nmonnx.passes.surgery import Constants, Names, brought_by
 from nmonnx.sites import Site
 
 
 @dataclass(frozen=True)
 class FoldShift:
-    """Give every `NMMatMul` with a shift the bias that makes up for it (S-PTS, arXiv 2509.22166).
+    """Give every layer whose prune has a shift what makes up for it (S-PTS, arXiv 2509.22166).
 
-    1. bias' = bias + shift W, summed in float64 and rounded once to the type of the activation; a new constant, so
-       that a bias or a weight with other readers stays what it is.
-    2. A layer that is not fused has no bias input: its prune loses the shift, and it is told with the reason. The same
-       for a bias that is computed, and for a weight that has no single value.
+    1. An `NMMatMul` gets the bias b + shift W, a prune-only layer an Add of the constant shift W behind it. It is
+       summed in float64 and rounded once to the type of the activation; a new constant, so that a bias or a weight with
+       other readers stays what it is.
+    2. A prune loses its shift, and its layers are told with the reason, where that cannot be exact: for a bias that is
+       computed, a weight that has no single value, a product inside a bigger node, an activation that is quantised
+       with a fixed range.
     """
 
     name: str = "fold-shift"
 
     def apply(self, model: Model, sites: Sequence[Site]) -> PassResult:
-        constants, left, folded = Constants(model, Names(model)), {}, 0
-        nodes = dict(nodes_of_sites(model))
-        unfolded: dict[int, gs.Node] = {}  # a prune may serve several sites
-        for site in sites:
-            node = nodes.get(site.name)
-            if node is None or "shift" not in brought_by(node):
-                continue
-            reason = self._fold(model, constants, site, node)
-            if reason:
-                left[site.name] = reason
-                unfolded[id(node)] = node
-            else:
-                folded += 1
-        for node in unfolded.values():
-            _drop(node)
-        return PassResult(self.name, folded, left)
+        names = Names(model)
+        constants = Constants(model, names)
 
-    def _fold(self, model: Model, constants: Constants, site: Site, node: gs.Node) -> str:
-        if node.op != "NMMatMul":
-            return "it is prune-only and has no bias to fold a shift into"
-        place = INPUTS[node.op].index("bias")
-        old = node.inputs[place]
-        bias = _values(model, old) if old.name else np.zeros(1)
-        if bias is None:
-            return f"its bias {old.name!r} is no constant that can be read"
+        def plan(site: Site, node: gs.Node) -> Edit | str:
+            return self._plan(model, names, constants, site, node)
+
+        return PassResult(self.name, *settle(model, sites, lambda node: "shift" in brought_by(node), plan, _drop))
+
+    def _plan(self, model: Model, names: Names, constants: Constants, site: Site, node: gs.Node) -> Edit | str:
+        fused = node.op == "NMMatMul"
+        place = INPUTS["NMMatMul"].index("bias")
+        end = node if fused else end_of(site)
+        old = node.inputs[place].name if fused else ""
+        own = _values(model, old) if old else np.zeros(1)
+        if isinstance(end, str):
+            return end
+        if own is None:
+            return f"its bias {old!r} is no constant that can be read"
         try:
-            weight = site.weight()
+            made = product_with(site, _shift_of(model, node))
         except InputError as e:
             return str(e)
-        shift = model.constants[node.inputs[INPUTS[node.op].index("shift")].name].astype(np.float64)
-        made = bias.reshape(-1).astype(np.float64) + np.broadcast_to(shift, site.k) @ weight.astype(np.float64)
-        values = made.astype(helper.tensor_dtype_to_np_dtype(site.elem))
-        node.inputs[place] = constants.declare(site.scope, f"{site.name}/bias", "bias", values, old.name)
-        return ""
+        if isinstance(made, str):
+            return made
+        values = (own.reshape(-1) + made).astype(helper.tensor_dtype_to_np_dtype(site.elem))
+        if not np.isfinite(values).all():
+            return "what makes up for the shift is out of the range of its type"
+        return partial(self._put, model, names, constants, site, node if fused else None, values, old)
+
+    def _put(
+        self,
+        model: Model,
+        names: Names,
+        constants: Constants,
+        site: Site,
+        fused: gs.Node | None,
+        values: np.ndarray,
+        old: str,
+    ) -> None:
+        if fused is not None:
+            place = INPUTS["NMMatMul"].index("bias")
+            fused.inputs[place] = constants.declare(site.scope, f"{site.name}/bias", "bias", values, old)
+        else:
+            addend = constants.declare(site.scope, f"{site.name}/added", "added", values)
+            add_behind(model, names, site, self.name, addend)
 
 
 def _drop(node: gs.Node) -> None:
@@ -72,8 +87,16 @@ def _drop(node: gs.Node) -> None:
         node.inputs.pop()
 
 
-def _values(model: Model, tensor: gs.Tensor) -> np.ndarray | None:
-    stored = next((t for t in model.proto.graph.initializer if t.name == tensor.name), None)
-    if stored is None or tensor.name in {i.name for i in model.proto.graph.input}:
+def _shift_of(model: Model, node: gs.Node) -> np.ndarray:
+    """The values that `InsertPrune` gave, an initializer or, in a function, a Constant."""
+    tensor = node.inputs[INPUTS[node.op].index("shift")]
+    if tensor.name in model.constants:
+        return model.constants[tensor.name]
+    return numpy_helper.to_array(tensor.inputs[0].attrs["value"])
+
+
+def _values(model: Model, name: str) -> np.ndarray | None:
+    stored = next((t for t in model.proto.graph.initializer if t.name == name), None)
+    if stored is None or name in {i.name for i in model.proto.graph.input}:
         return None
-    return model.tensors.array(stored)
+    return model.tensors.array(stored).astype(np.float64)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
@@ -11,7 +11,7 @@ from onnx import TensorProto
 from nmonnx.graph import DOMAIN, Model, Transposed
 from nmonnx.passes.bodies import CAST_LIKE_OPSET
 from nmonnx.passes.result import PassResult
-from nmonnx.passes.surgery import Names, brought_by, no_longer_serves, note, remove_dead
+from nmonnx.passes.surgery import Names, no_longer_serves, note, remove_dead
 from nmonnx.sites import FusableWeight, Site
 
 
@@ -27,14 +27,12 @@ class FuseMatMul:
        bit for bit the original, and weights of fewer than `worthwhile` elements, where one token gains nothing and many
        lose (benchmarks/kernels.py).
        "fused" fuses those too; "prune" leaves every layer prune-only.
-    5. A prune with a center is fused where `row_sums` has what the rows of the weight add up to [N], in float32, by
-       the name of the site. What adds center * row_sum behind the layer must not be in the graph then.
+    5. What makes up for a shift or a center comes later: `FoldShift`, `FoldCenter`.
     """
 
     kernel: str = "auto"
     worthwhile: int = 1 << 16
     name: str = "fuse-matmul"
-    row_sums: Mapping[str, gs.Tensor] = field(default_factory=dict)
 
     def apply(self, model: Model, sites: Sequence[Site]) -> PassResult:
         if self.kernel == "prune":
@@ -49,7 +47,7 @@ class FuseMatMul:
             else:
                 fused.append(site)
         names = Names(model)
-        dead = [node for site in fused for node in _fuse(model, names, site, self.name, self.row_sums.get(site.name))]
+        dead = [node for site in fused for node in _fuse(model, names, site, self.name)]
         remove_dead(model, dead)
         return PassResult(self.name, len(fused), left)
 
@@ -60,12 +58,9 @@ class FuseMatMul:
             return site.not_fusable
         if prune is None:
             return "no prune stands right in front of it"
-        if prune.attrs.get("center") and site.name not in self.row_sums:
-            return "its prune has a center, and what the rows of its weight add up to is not given"
         if self.kernel == "auto" and prune.attrs["keep"] == prune.attrs["group"]:
             return "the pattern keeps every channel, so there is nothing to skip"
-        shifted = "shift" in brought_by(prune)  # needs a bias to be made up for
-        if self.kernel == "auto" and site.k * site.n < self.worthwhile and not shifted:
+        if self.kernel == "auto" and site.k * site.n < self.worthwhile:
             return f"its weight has fewer than {self.worthwhile} elements, too few to gain from skipping rows"
         if weight.transposed and site.initializer not in repackable:
             return f"its weight {site.initializer!r} is stored as [N, K] and has other readers: no second copy is made"
@@ -101,7 +96,7 @@ def _leaf_count(tensor: gs.Tensor) -> int:
     return sum(_leaf_count(n.outputs[0]) if n.op in through else 1 for n in tensor.outputs)
 
 
-def _fuse(model: Model, names: Names, site: Site, made_by: str, row_sum: gs.Tensor | None) -> list[gs.Node]:
+def _fuse(model: Model, names: Names, site: Site, made_by: str) -> list[gs.Node]:
     """Put the fused node where the layer was; returns the nodes that may be dead now."""
     weight, prune, old = site.fusable, _prune_of(site), site.node
     assert weight is not None and prune is not None
@@ -110,8 +105,6 @@ def _fuse(model: Model, names: Names, site: Site, made_by: str, row_sum: gs.Tens
     if weight.bias is not None or criterion:
         inputs.append(weight.bias or gs.Variable.empty())
     inputs += criterion
-    if prune.attrs.get("center"):
-        inputs += [gs.Variable.empty() for _ in range(6 - len(inputs))] + [row_sum]
     attrs = {name: prune.attrs[name] for name in ("keep", "group", "variance", "center") if name in prune.attrs}
     outputs = list(old.outputs)
     feeders = [producer for t in old.inputs for producer in t.inputs]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_graphsurgeon as gs
 
 from nmonnx.graph import DOMAIN, Model
-from nmonnx.passes.bodies import CRITERION
+from nmonnx.passes.bodies import CENTER_VALUES, CRITERION
 from nmonnx.passes.result import PassResult
 from nmonnx.passes.surgery import Constants, Names, note
 from nmonnx.sites import Site
@@ -64,8 +64,9 @@ class InsertPrune:
 
 
 def _attributes(treatment: Treatment) -> dict[str, int]:
+    asked = {"variance": int(treatment.variance), "center": CENTER_VALUES[treatment.center]}
     pattern = {"keep": treatment.pattern.n, "group": treatment.pattern.m}
-    return {**pattern, "variance": 1} if treatment.variance else pattern
+    return pattern | {name: value for name, value in asked.items() if value}
 
 
 def _inputs(constants: Constants, site: Site, treatment: Treatment) -> list[gs.Tensor]:

@@ -33,7 +33,7 @@ class Stamp:
 
     def apply(self, model: Model, sites: Sequence[Site]) -> PassResult:
         nodes = dict(nodes_of_sites(model))
-        records = [_pruned(site, nodes[site.name]) for site in sites if site.name in nodes]
+        records = [_pruned(model, site, nodes[site.name]) for site in sites if site.name in nodes]
         records += [_left(skipped) for skipped in self.left if skipped.linear]
         changed = {t.name: {"from": t.source.name, "how": "transposed"} for t in model.repacked.values()}
         entries = {
@@ -49,7 +49,7 @@ class Stamp:
         return PassResult(self.name, len(new))
 
 
-def _pruned(site: Site, node: gs.Node) -> dict[str, object]:
+def _pruned(model: Model, site: Site, node: gs.Node) -> dict[str, object]:
     return {
         "name": site.name,
         "op": site.op,
@@ -61,7 +61,7 @@ def _pruned(site: Site, node: gs.Node) -> dict[str, object]:
         "pattern": f"{node.attrs['keep']}:{node.attrs['group']}",
         "kernel": node.op,
         "activation": site.activation.name,
-        "output": (node if node.op == "NMMatMul" else site.node).outputs[0].name,
+        "output": node.outputs[0].name if node.op == "NMMatMul" else model.origin[id(site.node)].output[0],
         "scope": site.scope,
     }
 

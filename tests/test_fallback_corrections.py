@@ -187,15 +187,13 @@ def test_where_one_node_is_corrected_the_others_stay_as_they_are(tmp_path: Path,
     first = next(node for node in model.graph.nodes if node.op == "NMPrune" and node.inputs[0].name == "x")
     first.attrs.update({name: value for name, value in as_attributes(correction).items() if value})
     up, down = (onnx.numpy_helper.to_array(t) for t in mlp(32, 48).graph.initializer)
-    row_sums = {}
-    if "center" in correction:
-        if kernel == "prune":
-            _add_rank_one(model, first, row_sum_of(up))
-        else:
-            assert sites[0].name in FuseMatMul(kernel).apply(model, sites[:1]).left
-            model.constants["row_sum"] = row_sum_of(up)
-            row_sums = {sites[0].name: gs.Variable("row_sum")}
-    FuseMatMul(kernel, row_sums=row_sums).apply(model, sites)
+    if "center" in correction and kernel == "prune":
+        _add_rank_one(model, first, row_sum_of(up))
+    FuseMatMul(kernel).apply(model, sites)
+    if "center" in correction and kernel == "fused":
+        fused = next(node for node in model.graph.nodes if node.op == "NMMatMul" and node.inputs[0].name == "x")
+        model.constants["row_sum"] = row_sum_of(up)
+        fused.inputs += [gs.Variable.empty() for _ in range(6 - len(fused.inputs))] + [gs.Variable("row_sum")]
     EmitFunctions().apply(model, sites)
     save(model, tmp_path / "out.onnx")
     x = np.random.default_rng(0).standard_normal((2, 3, 32)).astype(np.float32)

@@ -73,6 +73,11 @@ class Site:
         """Name of the tensor that the linear layer makes."""
         return self.node.outputs[0].name
 
+    @property
+    def alpha(self) -> float:
+        """What the layer multiplies its product with (attribute `alpha` of a Gemm)."""
+        return float(self.node.attrs.get("alpha", 1.0))
+
     def weight(self) -> np.ndarray:
         """The weight as float32 [K, N] (dequantised; experts [E, K, N]), read from disk now.
 
