@@ -289,7 +289,7 @@ def test_a_model_that_fails_while_it_runs_leaves_no_line_of_the_runtime_on_stder
 
 
 def test_a_wide_weight_is_checked_block_by_block_with_its_bias(tmp_path, monkeypatch):
-    monkeypatch.setattr("nmonnx.validate.sites._BLOCK", 100)
+    monkeypatch.setattr("nmonnx.validate.products._BLOCK", 100)
     proto = model(
         "b (float[t, 32] x) => (float[t, 10] y) { y = Gemm(x, w, b) }", w=weights(32, 10), b=100 * weights(10, seed=1)
     )

@@ -1,0 +1,109 @@
+"""One pruned layer under measurement: its op, the op's options, and sums over what was seen of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from onnx import NodeProto
+
+from nmonnx.pattern import Pattern
+from nmonnx.reference import prune
+from nmonnx.validate.claims import Claim
+from nmonnx.validate.pair import Pair
+
+
+@dataclass
+class Probe:
+    """One layer, and sums over what was seen of it. `before` are rows of the original's activation, `after` pairs of
+    rows of the converted model's activation and output. `options` are the op's inputs beside x and W; those that are no
+    stored values, but `computed` by nodes such as a Cast, are fetched by tensor name in each run. `own_bias` is what a
+    folded bias stands for in the original; `misfold` how far the folded one is from what it should be."""
+
+    claim: Claim
+    node: NodeProto | None
+    note: str = ""
+    options: dict[str, np.ndarray] = field(default_factory=dict)
+    computed: dict[str, str] = field(default_factory=dict)
+    own_bias: np.ndarray | None = None
+    misfold: float | None = None
+    tokens: int = 0
+    energy: float = 0.0
+    kept: float = 0.0
+    elements: int = 0
+    nonzero: int = 0
+    wrong_groups: int = 0
+    wrong_values: int = 0
+    signal: float = 0.0
+    drift: float = 0.0
+    compares_outputs: bool = False
+    before: list[np.ndarray] = field(default_factory=list)
+    after: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    error: float | None = None
+    excess: float | None = None
+
+    @property
+    def pattern(self) -> Pattern:
+        return Pattern.parse(self.claim.pattern)
+
+    @property
+    def fused(self) -> bool:
+        return self.claim.kernel == "NMMatMul"
+
+    @property
+    def variance(self) -> bool:
+        """Whether the op restores the variance of each token."""
+        return self.node is not None and any(a.name == "variance" and a.i for a in self.node.attribute)
+
+    def select(self, x: np.ndarray, variance: bool = False) -> np.ndarray:
+        """The kept values of x, or of x - shift."""
+        criterion: dict[str, Any] = {slot: self.options.get(slot) for slot in ("scale", "shift", "order")}
+        return prune(x, self.pattern.n, self.pattern.m, **criterion, variance=variance)
+
+    def prune(self, x: np.ndarray) -> np.ndarray:
+        """What the op makes of x."""
+        return self.select(x, self.variance)
+
+    def computes_with(self, x: np.ndarray) -> np.ndarray:
+        """What the layer computes with: the pruned activation and the shift, which the bias makes up for."""
+        shift = self.options.get("shift")
+        return self.prune(x) if shift is None else self.prune(x) + shift
+
+    def names(self) -> tuple[list[str], list[str]]:
+        """Tensors to tap in the original and in the converted model."""
+        assert self.node is not None
+        names = [self.claim.activation, self.claim.output]
+        own = [] if self.fused else [self.node.output[0]]
+        return names, [*names, *own, *self.computed.values()]
+
+
+def probe_of(pair: Pair, claim: Claim) -> Probe:
+    if not claim.pruned:
+        return Probe(claim, None)
+    trail = pair.new_trail(claim)
+    if claim.scope or pair.new.find("", claim.activation) is None or trail is None:
+        return Probe(claim, None, "inside a subgraph or function, whose tensors cannot be seen from outside")
+    ops = list(trail.own.values())
+    if len(ops) != 1:
+        return Probe(claim, None, "it has no op of its own")
+    probe = Probe(claim, ops[0])
+    for slot, key in pair.inputs_of("", ops[0]).items():
+        if slot in ("x", "W"):
+            continue
+        values = pair.constant(key)
+        if values is None:
+            probe.computed[slot] = key[1]
+        else:
+            probe.options[slot] = values
+        if slot == "bias":
+            probe.own_bias = _replaced(pair, key[1])
+    return probe
+
+
+def _replaced(pair: Pair, name: str) -> np.ndarray | None:
+    """Values of the tensor of the original that a declared constant stands for."""
+    declared = pair.claims.constants.get(name)
+    key = pair.old.find("", declared.replaces) if declared else None
+    stored = pair.old.initializer(key) if key else None
+    return None if stored is None else pair.in_before.array(stored)

@@ -1,0 +1,98 @@
+"""Multiply some rows of what a layer saw with its weight: its own error, and whether its op and biases are right."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nmonnx.errors import InputError
+from nmonnx.metrics import relative
+from nmonnx.sites import Site
+from nmonnx.validate.probe import Probe
+
+ROWS = 64
+"""Rows of an activation that are multiplied with the weight; bounds time."""
+
+_LARGEST_WEIGHT = 1 << 28
+"""Weights with more elements than this are not multiplied again."""
+
+_BLOCK = 1 << 22
+"""Elements of a weight that are widened to float64 at once; bounds memory."""
+
+
+def multiply(probe: Probe, site: Site | None) -> None:
+    """The layer's own error, and for a fused op how far its output is beyond rounding, on some rows."""
+    claim = probe.claim
+    if site is None or not probe.tokens or claim.k * claim.n > _LARGEST_WEIGHT:
+        return
+    try:
+        weight = site.weight()
+    except InputError as e:
+        probe.note = str(e)
+        return
+    if weight.shape != (claim.k, claim.n):
+        probe.note = f"its error is not measured: its weight has shape {list(weight.shape)}"
+        return
+    if probe.fused and "shift" in probe.options:
+        probe.misfold = _misfold(probe, weight)
+    x = np.concatenate(probe.before)[:ROWS].astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        products = ((x - probe.computes_with(x)) @ weight, x @ weight)
+        lost, whole = (np.linalg.norm(rows.astype(np.float64)) for rows in products)
+    probe.error = relative(float(lost), float(whole))
+    if probe.fused:
+        probe.excess = _excess(probe, weight)
+
+
+def _misfold(probe: Probe, weight: np.ndarray) -> float:
+    """Largest difference of the bias from what it should be, the original's bias + shift W, in units of the rounding of
+    float32 sums and of the bias's own type."""
+    shift = np.broadcast_to(probe.options["shift"], probe.claim.k).astype(np.float64)
+    own = np.zeros(1) if probe.own_bias is None else probe.own_bias.reshape(-1).astype(np.float64)
+    bias = probe.options.get("bias", np.zeros(1, np.float32)).reshape(-1)
+    wide = weight.astype(np.float64)
+    bound = np.abs(own) + np.abs(shift) @ np.abs(wide)
+    unit = np.finfo(bias.dtype).eps + np.finfo(np.float32).eps
+    gap = np.abs(bias.astype(np.float64) - (own + shift @ wide))
+    return float(np.where(gap == 0, 0.0, gap / np.maximum(unit * bound, np.finfo(bias.dtype).tiny)).max(initial=0.0))
+
+
+def _excess(probe: Probe, weight: np.ndarray) -> float:
+    """Largest |y - reference| in units of what rounding explains: float32 sums in any order, and the rounding of y."""
+    x, y = (np.concatenate(part)[:ROWS] for part in zip(*probe.after, strict=True))
+    bias = probe.options.get("bias", np.zeros(1, np.float32)).reshape(-1).astype(np.float64)
+    pruned = probe.prune(x).astype(np.float64)
+    width = max(1, _BLOCK // probe.claim.k)
+    blocks = [slice(start, start + width) for start in range(0, probe.claim.n, width)]
+    parts = (_excess_of(pruned, weight[:, b], bias[b] if bias.size > 1 else bias, y[:, b]) for b in blocks)
+    return max(parts, default=0.0)
+
+
+def _excess_of(pruned: np.ndarray, weight: np.ndarray, bias: np.ndarray, y: np.ndarray) -> float:
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        want = pruned @ weight + bias
+        bound = np.abs(pruned) @ np.abs(weight) + np.abs(bias)
+        unit = np.finfo(y.dtype).eps + (len(weight) + 1) * np.finfo(np.float32).eps
+        ratio = np.where(y == want, 0.0, np.abs(y - want) / (unit * bound))
+        alike = np.where(np.isfinite(want), _overflows(want, bound, y, unit), same(want.astype(y.dtype), y))
+    ratio = np.where(np.isfinite(want) & np.isfinite(y), ratio, np.where(alike, 0.0, np.inf))
+    return float(np.nan_to_num(ratio, nan=np.inf).max(initial=0.0))
+
+
+def _overflows(want: np.ndarray, bound: np.ndarray, y: np.ndarray, unit: float) -> np.ndarray:
+    """Where `y` may be what it is, Inf or NaN, though the sum is finite: because a partial sum leaves the range of
+    float32, or because the sum rounds to Inf in y's own type."""
+    partial = bound * (1 + unit) >= np.finfo(np.float32).max
+    rounded = (np.abs(want) + unit * bound >= np.finfo(y.dtype).max) & (y == np.copysign(np.inf, want))
+    return partial | rounded
+
+
+def same(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Equal in value and sign of zero, or both NaN."""
+    return ((a == b) & (np.signbit(a) == np.signbit(b))) | (np.isnan(a) & np.isnan(b))
+
+
+def close(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Equal up to the rounding of a factor that is computed in float32, of sums over all channels."""
+    unit = 4 * np.finfo(a.dtype).eps + 64 * np.finfo(np.float32).eps
+    with np.errstate(invalid="ignore", over="ignore"):
+        return same(a, b) | (np.abs(a.astype(np.float64) - b) <= unit * np.abs(b.astype(np.float64)))
