@@ -16,7 +16,7 @@ from nmonnx.errors import UsageError
 from nmonnx.feeds import Feed
 from nmonnx.graph import load
 from nmonnx.library import make_session
-from nmonnx.passes import FoldShift
+from nmonnx.passes.behind import product_with
 from nmonnx.pattern import Pattern
 from nmonnx.recipe import Recipe
 from nmonnx.sites import Site, find_sites
@@ -35,6 +35,12 @@ RECIPES = {
     "order": replace(BASE, order="deal"),
     "s-pts": replace(BASE, mitigations=("s-pts",)),
     "s-pts-scalar": replace(BASE, mitigations=("s-pts-scalar",)),
+    **{name: replace(BASE, mitigations=(name,)) for name in ("s-pts-median", "s-pts-mode", "s-pts-scalar-mode")},
+    "s-pts prune only": replace(BASE, mitigations=("s-pts", "var"), kernel="prune"),
+    "d-pts": replace(BASE, mitigations=("d-pts",)),
+    "d-pts-mean var": replace(BASE, mitigations=("d-pts-mean", "var"), criterion="wina"),
+    "d-pts prune only": replace(BASE, mitigations=("d-pts",), kernel="prune"),
+    "d-pts-mean var prune only": replace(BASE, mitigations=("d-pts-mean", "var"), kernel="prune", share="separate"),
     "var": replace(BASE, mitigations=("var",)),
     "var prune only": replace(BASE, mitigations=("var",), kernel="prune"),
     "all": replace(BASE, criterion="sqrt-wina", order="deal", mitigations=("s-pts", "var"), share="separate"),
@@ -83,7 +89,8 @@ def converted(tmp_path: Path, proto: onnx.ModelProto, recipe: Recipe) -> tuple[P
 
 
 def kept(x: np.ndarray, done: Conversion, site: str) -> np.ndarray:
-    """What a layer computes with, token by token and group by group: shift + nu * pruned (x - shift)."""
+    """What a layer computes with, token by token and group by group: eta + nu * pruned (x - eta), where eta is the
+    shift or the center of the token."""
     treatment = done.plan.treatments[site]
     n, m = treatment.pattern.n, treatment.pattern.m
     k = x.shape[-1]
@@ -92,6 +99,8 @@ def kept(x: np.ndarray, done: Conversion, site: str) -> np.ndarray:
     order = np.arange(k) if treatment.order is None else treatment.order
     out = np.zeros(x.shape)
     for row, token in zip(out, x, strict=True):
+        if treatment.center:
+            shift = np.full(k, token.mean() if treatment.center == "mean" else np.sort(token)[(k - 1) // 2])
         score = np.abs(token - shift) * scale
         for start in range(0, k, m):
             group = order[start : start + m]
@@ -134,37 +143,53 @@ def test_a_shift_is_made_up_for_exactly_when_every_channel_is_kept(tmp_path: Pat
         np.testing.assert_allclose(sparse, dense, rtol=1e-4, atol=1e-4)
 
 
-def test_a_layer_without_a_bias_to_fold_into_loses_its_shift_and_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["s-pts", "d-pts"])
+def test_a_layer_that_cannot_be_fused_is_made_up_for_behind_it(tmp_path: Path, name: str) -> None:
+    """Its weight is stored as [N, K] and has another reader, so no repacked copy is made."""
     proto = model(
-        """left (float[t, 32] x) => (float[t, 24] y, float[24, 32] w_out) {
-            wt = Transpose <perm = [1, 0]> (w)
-            y = MatMul(x, wt)
-            w_out = Sin(w)
-        }""",
-        w=weights(24, 32),
-    )
-    source, out, done = converted(tmp_path, proto, RECIPES["s-pts"])
-    fold = next(p for p in done.passes if p.name == "fold-shift")
-    assert "prune-only" in "".join(fold.left.values())
-    report = validate(source, out, feeds=[Feed("x", {"x": weights(4, 32)})])
-    assert all(c.passed for c in report.checks)
-
-
-def test_every_layer_behind_a_prune_that_loses_its_shift_is_told(tmp_path: Path) -> None:
-    proto = model(
-        """shared (float[t, 32] x) => (float[t, 24] y, float[t, 24] z, float[24, 32] w_out, float[24, 32] v_out) {
-            y = Gemm <transB = 1> (x, w)
-            z = Gemm <transB = 1> (x, v)
+        """left (float[t, 32] x) => (float[t, 24] y, float[t, 24] z, float[24, 32] w_out, float[24, 32] v_out) {
+            y = Gemm <alpha = 0.5, transB = 1> (x, w)
+            vt = Transpose <perm = [1, 0]> (v)
+            z = MatMul(x, vt)
             w_out = Sin(w)
             v_out = Sin(v)
         }""",
         w=weights(24, 32, seed=1),
         v=weights(24, 32, seed=2),
     )
-    _, _, done = converted(tmp_path, proto, RECIPES["s-pts"])
-    fold = next(p for p in done.passes if p.name == "fold-shift")
-    assert set(fold.left) == {site.name for site in done.selection.chosen}
-    assert len(fold.left) == 2
+    source, out, done = converted(tmp_path, proto, RECIPES[name])
+    assert [p.left for p in done.passes if p.name.startswith("fold")] == [{}, {}]
+    feed = {"x": weights(4, 32)}
+    report = validate(source, out, feeds=[Feed("x", feed)])
+    assert [c.name for c in report.checks if not c.passed] == []
+    w, v = (onnx.numpy_helper.to_array(t).T for t in proto.graph.initializer)
+    first, second = (site.name for site in done.selection.chosen)
+    y, z = make_session(out).run(["y", "z"], feed)
+    np.testing.assert_allclose(y, 0.5 * kept(feed["x"], done, first) @ w, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(z, kept(feed["x"], done, second) @ v, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kernel", "told"), [("fused", {"y"}), ("prune", {"y", "z"})])
+@pytest.mark.parametrize("name", ["s-pts", "d-pts"])
+def test_where_it_cannot_be_made_up_for_every_layer_of_the_prune_stays_unmoved_and_is_told(
+    tmp_path: Path, name: str, kernel: str, told: set[str]
+) -> None:
+    proto = model(
+        """shared (float[t, 32] x) => (float[t, 24] y, float[t, 24] z) {
+            y = com.microsoft.GemmFastGelu(x, w)
+            z = MatMul(x, v)
+        }""",
+        w=weights(32, 24, seed=1),
+        v=weights(32, 24, seed=2),
+    )
+    _, out, done = converted(tmp_path, proto, replace(RECIPES[name], kernel=kernel))
+    fold = next(p for p in done.passes if p.left and p.name.startswith("fold"))
+    assert set(fold.left) == told
+    assert all("GemmFastGelu" in reason for reason in fold.left.values())
+    ops = {node.output[0]: node for node in onnx.load(out).graph.node if node.domain == "ai.nmonnx"}
+    moved = {name for name, node in ops.items() if any(a.name == "center" and a.i for a in node.attribute)}
+    moved |= {name for name, node in ops.items() if any(i.endswith("/shift") for i in node.input)}
+    assert moved == {"z"} - told
 
 
 def test_a_constant_that_was_changed_after_the_conversion_is_seen(tmp_path: Path) -> None:
@@ -177,23 +202,21 @@ def test_a_constant_that_was_changed_after_the_conversion_is_seen(tmp_path: Path
     assert any("is new and does something" in c.detail for c in report.checks if not c.passed)
 
 
+@pytest.mark.parametrize("kernel", ["fused", "prune"])
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [("s-pts", "folded biases make up for the shift"), ("d-pts", "row sums make up for the center")],
+)
 @pytest.mark.parametrize("proto", [mlp(), branches()], ids=["mlp", "branches"])
-def test_a_fold_that_is_wrong_is_seen_as_such(tmp_path: Path, proto: onnx.ModelProto, monkeypatch) -> None:
-    """The bias makes up for the shift but for its sign; hashes and claims are all in order."""
-    apply = FoldShift._fold
-
-    def wrong(self, model, constants, site, node):  # type: ignore[no-untyped-def]
-        shift = model.constants[node.inputs[4].name]
-        model.constants[node.inputs[4].name] = -shift
-        reason = apply(self, model, constants, site, node)
-        model.constants[node.inputs[4].name] = shift
-        return reason
-
-    monkeypatch.setattr(FoldShift, "_fold", wrong)
-    source, out, _ = converted(tmp_path, proto, RECIPES["s-pts"])
+def test_a_fold_that_is_wrong_is_seen_as_such(
+    tmp_path: Path, proto: onnx.ModelProto, name: str, check: str, kernel: str, monkeypatch
+) -> None:
+    """What makes up for it has the wrong sign; hashes and claims are all in order."""
+    for place in ("fold_shift", "fold_center"):
+        monkeypatch.setattr(f"nmonnx.passes.{place}.product_with", lambda site, rows: -product_with(site, rows))
+    source, out, _ = converted(tmp_path, proto, replace(RECIPES[name], kernel=kernel))
     report = validate(source, out)
-    failed = [c for c in report.checks if not c.passed]
-    assert [c.name for c in failed] == ["folded biases make up for the shift"]
+    assert [c.name for c in report.checks if not c.passed] == [check]
 
 
 def test_plain_magnitude_reads_no_weight(tmp_path: Path, monkeypatch) -> None:
@@ -233,7 +256,8 @@ def test_a_vector_of_ones_own(tmp_path: Path) -> None:
     [
         ({"criterion": "best"}, "criterion 'best' is not one of act"),
         ({"mitigations": ["s-pts", "s-pts-scalar"]}, "two choices of one shift"),
-        ({"mitigations": "s-pts", "kernel": "prune"}, "needs a bias"),
+        ({"mitigations": ["d-pts", "s-pts-mode"]}, "d-pts and s-pts-mode exclude each other"),
+        ({"mitigations": ["d-pts", "d-pts-mean"]}, "two choices of one shift"),
         ({"patterns": {"q": "4:8"}, "allocate": "forward"}, "exclude each other"),
         ({"patterns": ["4:8"]}, "must map selectors to patterns"),
     ],

@@ -11,8 +11,8 @@ from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper
 
 from nmonnx.feeds.sample import explain
 from nmonnx.graph import DOMAIN
-from nmonnx.passes.bodies import INPUTS
-from nmonnx.reference import prune, prune_matmul
+from nmonnx.passes.bodies import CENTER_VALUES, INPUTS
+from nmonnx.reference import Center, center_of, prune, prune_matmul
 from nmonnx.sites import Site
 from nmonnx.validate.pair import Pair
 from nmonnx.validate.result import Check, counted
@@ -31,7 +31,7 @@ _GROUPS, _ROWS, _COLUMNS = 3, 32, 4
 @dataclass(frozen=True)
 class _Use:
     """How the ops of a model use a function; what one trial stands for. `brought` are the inputs that an op gives,
-    `variance` its attribute, None where it has none."""
+    `variance` and `center` its attributes, None where it has none; `ends` how many outputs it names."""
 
     op: str
     keep: int
@@ -40,6 +40,12 @@ class _Use:
     elem: int
     brought: tuple[str, ...]
     variance: int | None
+    center: int | None
+    ends: int
+
+    @property
+    def about(self) -> Center | None:
+        return next((name for name, value in CENTER_VALUES.items() if value == self.center), None)
 
 
 def check_fallback(pair: Pair, sites: Sequence[Site]) -> Check:
@@ -61,7 +67,8 @@ def _uses(pair: Pair, sites: Sequence[Site]) -> Iterator[_Use]:
             if node.domain == DOMAIN and site is not None and site.elem in _DTYPES and 0 < keep <= group:
                 given = zip(INPUTS.get(node.op_type, ()), node.input, strict=False)
                 brought = tuple(slot for slot, name in given if name)
-                yield _Use(node.op_type, keep, group, site.k % group, site.elem, brought, options.get("variance"))
+                asked = (options.get("variance"), options.get("center"), len(node.output))
+                yield _Use(node.op_type, keep, group, site.k % group, site.elem, brought, *asked)
 
 
 def _faults(model: ModelProto, function: FunctionProto, use: _Use) -> Iterator[str]:
@@ -95,49 +102,62 @@ def _arrays(use: _Use) -> dict[str, np.ndarray]:
         "scale": rng.choice(np.array([0, 0.5, 1, 2], np.float32), k),
         "shift": rng.integers(-2, 3, k).astype(np.float32),
         "order": rng.permutation(k),
+        "row_sum": rng.integers(-8, 9, _COLUMNS).astype(np.float32),
     }
     return {slot: values[slot] for slot in use.brought}
 
 
 def _trial(model: ModelProto, function: FunctionProto, use: _Use, arrays: dict[str, np.ndarray]) -> ModelProto:
     """A model of one node that calls the function."""
-    node = NodeProto(op_type=use.op, domain=DOMAIN, name=use.op, output=["y"])
+    names = ["y", "center"][: use.ends]
+    node = NodeProto(op_type=use.op, domain=DOMAIN, name=use.op, output=names)
     node.input.extend(slot if slot in arrays else "" for slot in INPUTS.get(use.op, ())[: len(function.input)])
     node.attribute.extend([helper.make_attribute("keep", use.keep), helper.make_attribute("group", use.group)])
-    if use.variance is not None:
-        node.attribute.append(helper.make_attribute("variance", use.variance))
+    asked = {"variance": use.variance, "center": use.center}
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in asked.items() if value is not None)
     inputs = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(a.dtype), [None] * a.ndim)
         for name, a in arrays.items()
     ]
-    outputs = [helper.make_tensor_value_info("y", use.elem, [None, None])]
+    outputs = [helper.make_tensor_value_info(name, use.elem, [None, None]) for name in names]
     graph = helper.make_graph([node], "trial", inputs, outputs)
     return helper.make_model(
         graph, functions=[function], opset_imports=list(model.opset_import), ir_version=model.ir_version
     )
 
 
-def _run(trial: ModelProto, feed: dict[str, np.ndarray]) -> np.ndarray:
+def _run(trial: ModelProto, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # a failure is raised with its reason, not logged as well
     session = onnxruntime.InferenceSession(trial.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run(["y"], feed)[0]
+    return session.run(None, feed)
 
 
-def _agrees(got: np.ndarray, feed: dict[str, np.ndarray], use: _Use) -> bool:
+def _agrees(got: Sequence[np.ndarray], feed: dict[str, np.ndarray], use: _Use) -> bool:
+    wanted = _wanted(feed, use)
+    exact = not use.variance and use.about != "mean"  # small integers, so that every sum is exact
+    pairs = list(zip(got, wanted, strict=False))
+    if exact:
+        return all(a.dtype == b.dtype and np.array_equal(a, b, equal_nan=True) for a, b in pairs)
+    return all(a.dtype == b.dtype and _is_close(a, b) for a, b in pairs)
+
+
+def _wanted(feed: dict[str, np.ndarray], use: _Use) -> list[np.ndarray]:
+    """What the reference makes of the values: the output of the op and, of a prune, the center."""
     criterion: dict[str, Any] = {slot: feed.get(slot) for slot in ("scale", "shift", "order")}
-    variance = bool(use.variance)
+    criterion |= {"variance": bool(use.variance), "center": use.about}
+    x, dtype = feed["x"], feed["x"].dtype
     if use.op == "NMPrune":
-        want = prune(feed["x"], use.keep, use.group, **criterion, variance=variance)
-    else:
-        exact = prune_matmul(
-            feed["x"], feed["W"], use.keep, use.group, feed.get("bias"), **criterion, variance=variance
-        )
-        want = exact.astype(feed["x"].dtype)
-    if not variance:  # small integers, so that every sum is exact
-        return got.dtype == want.dtype and np.array_equal(got, want, equal_nan=True)
+        center = center_of(x, use.about, feed.get("shift")) if use.about else np.zeros((len(x), 1))
+        return [prune(x, use.keep, use.group, **criterion), center.astype(dtype)]
+    row_sum = feed.get("row_sum")
+    exact = prune_matmul(x, feed["W"], use.keep, use.group, feed.get("bias"), **criterion, row_sum=row_sum)
+    return [exact.astype(dtype)]
+
+
+def _is_close(got: np.ndarray, want: np.ndarray) -> bool:
     unit = 8 * float(np.finfo(want.dtype).eps) + 64 * float(np.finfo(np.float32).eps)
     largest = float(np.abs(want[np.isfinite(want)]).max(initial=0))
-    return got.dtype == want.dtype and np.allclose(got, want, rtol=unit, atol=unit * largest, equal_nan=True)
+    return np.allclose(got, want, rtol=unit, atol=unit * largest, equal_nan=True)

@@ -9,24 +9,29 @@ from onnx import ModelProto, NodeProto, numpy_helper
 
 from nmonnx.passes.bodies import INPUTS
 from nmonnx.tensors import TensorReader
+from nmonnx.validate.additions import Addition, take_off
 from nmonnx.validate.claims import Claim, Claims
 from nmonnx.validate.scopes import Key, Scopes, Trail
 
 
 @dataclass
 class Pair:
-    """The original and the converted model, opened without weights."""
+    """The original and the converted model, opened without weights. `plain` is the converted model without the
+    `additions` behind its layers; `new` looks into that."""
 
     before: ModelProto
     after: ModelProto
     in_before: TensorReader
     in_after: TensorReader
     claims: Claims
+    plain: ModelProto = field(init=False)
+    additions: dict[str, Addition] = field(init=False)
     old: Scopes = field(init=False)
     new: Scopes = field(init=False)
 
     def __post_init__(self) -> None:
-        self.old, self.new = Scopes(self.before), Scopes(self.after)
+        self.plain, self.additions = take_off(self.after, self.in_after, self.claims.constants)
+        self.old, self.new = Scopes(self.before), Scopes(self.plain)
         self._old_ends, self._new_ends = self._ends(self.old), self._ends(self.new)
 
     def old_trail(self, claim: Claim) -> Trail | None:

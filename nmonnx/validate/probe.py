@@ -8,18 +8,21 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto
 
+from nmonnx.passes.bodies import CENTER_VALUES
 from nmonnx.pattern import Pattern
-from nmonnx.reference import prune
+from nmonnx.reference import Center, center_of, prune
+from nmonnx.validate.additions import Addition
 from nmonnx.validate.claims import Claim
 from nmonnx.validate.pair import Pair
 
 
-@dataclass
+@dataclass(eq=False)
 class Probe:
     """One layer, and sums over what was seen of it. `before` are rows of the original's activation, `after` pairs of
     rows of the converted model's activation and output. `options` are the op's inputs beside x and W; those that are no
     stored values, but `computed` by nodes such as a Cast, are fetched by tensor name in each run. `own_bias` is what a
-    folded bias stands for in the original; `misfold` how far the folded one is from what it should be."""
+    folded bias stands for in the original; `misfold` how far the folded one is from what it should be, `missum` the
+    same of what the rows of the weight add up to. `addition` is added behind the layer."""
 
     claim: Claim
     node: NodeProto | None
@@ -27,7 +30,9 @@ class Probe:
     options: dict[str, np.ndarray] = field(default_factory=dict)
     computed: dict[str, str] = field(default_factory=dict)
     own_bias: np.ndarray | None = None
+    addition: Addition | None = None
     misfold: float | None = None
+    missum: float | None = None
     tokens: int = 0
     energy: float = 0.0
     kept: float = 0.0
@@ -56,19 +61,33 @@ class Probe:
         """Whether the op restores the variance of each token."""
         return self.node is not None and any(a.name == "variance" and a.i for a in self.node.attribute)
 
+    @property
+    def center(self) -> Center | None:
+        """What the op centres each token on."""
+        asked = next((a.i for a in self.node.attribute if a.name == "center"), 0) if self.node is not None else 0
+        return next((center for center, value in CENTER_VALUES.items() if value == asked), None)
+
+    def moved(self, x: np.ndarray) -> np.ndarray:
+        """What the op ranks: x - shift - center."""
+        return prune(x, 1, 1, shift=self.options.get("shift"), center=self.center)
+
+    def taken(self, x: np.ndarray) -> np.ndarray:
+        """What that takes from x, and something else makes up for: [K], or [T, 1]."""
+        shift = self.options.get("shift", np.zeros(1, np.float32))
+        return shift + center_of(x, self.center, shift) if self.center else shift
+
     def select(self, x: np.ndarray, variance: bool = False) -> np.ndarray:
-        """The kept values of x, or of x - shift."""
+        """The kept values of x - shift - center."""
         criterion: dict[str, Any] = {slot: self.options.get(slot) for slot in ("scale", "shift", "order")}
-        return prune(x, self.pattern.n, self.pattern.m, **criterion, variance=variance)
+        return prune(x, self.pattern.n, self.pattern.m, **criterion, variance=variance, center=self.center)
 
     def prune(self, x: np.ndarray) -> np.ndarray:
         """What the op makes of x."""
         return self.select(x, self.variance)
 
     def computes_with(self, x: np.ndarray) -> np.ndarray:
-        """What the layer computes with: the pruned activation and the shift, which the bias makes up for."""
-        shift = self.options.get("shift")
-        return self.prune(x) if shift is None else self.prune(x) + shift
+        """What the layer computes with: the pruned activation and what is made up for."""
+        return self.prune(x) + self.taken(x)
 
     def names(self) -> tuple[list[str], list[str]]:
         """Tensors to tap in the original and in the converted model."""
@@ -87,7 +106,7 @@ def probe_of(pair: Pair, claim: Claim) -> Probe:
     ops = list(trail.own.values())
     if len(ops) != 1:
         return Probe(claim, None, "it has no op of its own")
-    probe = Probe(claim, ops[0])
+    probe = Probe(claim, ops[0], addition=pair.additions.get(claim.name))
     for slot, key in pair.inputs_of("", ops[0]).items():
         if slot in ("x", "W"):
             continue

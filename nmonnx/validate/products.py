@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from nmonnx.errors import InputError
 from nmonnx.metrics import relative
+from nmonnx.reference import center_of
 from nmonnx.sites import Site
 from nmonnx.validate.probe import Probe
 
@@ -32,8 +35,10 @@ def multiply(probe: Probe, site: Site | None) -> None:
     if weight.shape != (claim.k, claim.n):
         probe.note = f"its error is not measured: its weight has shape {list(weight.shape)}"
         return
-    if probe.fused and "shift" in probe.options:
-        probe.misfold = _misfold(probe, weight)
+    if np.any(probe.options.get("shift", 0)) or probe.own_bias is not None:
+        probe.misfold = _misfold(probe, site.alpha * weight)
+    if probe.center:
+        probe.missum = _missum(probe, site.alpha * weight)
     x = np.concatenate(probe.before)[:ROWS].astype(np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
         products = ((x - probe.computes_with(x)) @ weight, x @ weight)
@@ -44,16 +49,29 @@ def multiply(probe: Probe, site: Site | None) -> None:
 
 
 def _misfold(probe: Probe, weight: np.ndarray) -> float:
-    """Largest difference of the bias from what it should be, the original's bias + shift W, in units of the rounding of
-    float32 sums and of the bias's own type."""
-    shift = np.broadcast_to(probe.options["shift"], probe.claim.k).astype(np.float64)
-    own = np.zeros(1) if probe.own_bias is None else probe.own_bias.reshape(-1).astype(np.float64)
-    bias = probe.options.get("bias", np.zeros(1, np.float32)).reshape(-1)
-    wide = weight.astype(np.float64)
-    bound = np.abs(own) + np.abs(shift) @ np.abs(wide)
-    unit = np.finfo(bias.dtype).eps + np.finfo(np.float32).eps
-    gap = np.abs(bias.astype(np.float64) - (own + shift @ wide))
-    return float(np.where(gap == 0, 0.0, gap / np.maximum(unit * bound, np.finfo(bias.dtype).tiny)).max(initial=0.0))
+    """Largest difference of the bias, or of what is added behind the layer, from what it should be: the original's bias
+    + shift W. In units of rounding."""
+    shift = np.broadcast_to(probe.options.get("shift", np.zeros(1)), probe.claim.k)
+    if probe.fused:
+        made = probe.options.get("bias", np.zeros(1, np.float32)).reshape(-1)
+        return _beyond_rounding(made, shift, weight, probe.own_bias)
+    return math.inf if probe.addition is None else _beyond_rounding(probe.addition.values, shift, weight)
+
+
+def _missum(probe: Probe, weight: np.ndarray) -> float:
+    """The same of what the rows of the weight add up to."""
+    made = probe.options.get("row_sum") if probe.fused else (probe.addition.values if probe.addition else None)
+    return math.inf if made is None else _beyond_rounding(made, np.ones(probe.claim.k), weight)
+
+
+def _beyond_rounding(made: np.ndarray, rows: np.ndarray, weight: np.ndarray, own: np.ndarray | None = None) -> float:
+    """Largest |made - (own + rows W)| in units of the rounding of float32 sums and of the type of `made`."""
+    wide, rows = weight.astype(np.float64), rows.astype(np.float64)
+    start = np.zeros(1) if own is None else own.reshape(-1).astype(np.float64)
+    bound = np.abs(start) + np.abs(rows) @ np.abs(wide)
+    unit = np.finfo(made.dtype).eps + np.finfo(np.float32).eps
+    gap = np.abs(made.astype(np.float64) - (start + rows @ wide))
+    return float(np.where(gap == 0, 0.0, gap / np.maximum(unit * bound, np.finfo(made.dtype).tiny)).max(initial=0.0))
 
 
 def _excess(probe: Probe, weight: np.ndarray) -> float:
@@ -61,6 +79,9 @@ def _excess(probe: Probe, weight: np.ndarray) -> float:
     x, y = (np.concatenate(part)[:ROWS] for part in zip(*probe.after, strict=True))
     bias = probe.options.get("bias", np.zeros(1, np.float32)).reshape(-1).astype(np.float64)
     pruned = probe.prune(x).astype(np.float64)
+    if probe.center:  # one more channel, for which every column of the weight is its row_sum
+        pruned = np.hstack([pruned, center_of(x, probe.center, probe.options.get("shift")).astype(np.float64)])
+        weight = np.vstack([weight, probe.options["row_sum"]])
     width = max(1, _BLOCK // probe.claim.k)
     blocks = [slice(start, start + width) for start in range(0, probe.claim.n, width)]
     parts = (_excess_of(pruned, weight[:, b], bias[b] if bias.size > 1 else bias, y[:, b]) for b in blocks)

@@ -59,7 +59,7 @@ def _see(probe: Probe, before: Mapping[str, np.ndarray], after: Mapping[str, np.
     probe.options |= {slot: after[name] for slot, name in probe.computed.items()}
     probe.tokens += len(x)
     kept = probe.select(x)
-    probe.energy += _square(x)
+    probe.energy += _square(probe.moved(x))
     probe.kept += _square(kept)
     probe.before.append(_sample(x))
     _see_outputs(probe, before[claim.output], after[claim.output])
@@ -87,9 +87,9 @@ def _see_op(probe: Probe, after: Mapping[str, np.ndarray]) -> None:
         return
     alike = close(got, want) if probe.variance else same(got, want)
     probe.wrong_values += int((~alike).sum())
-    order = probe.options.get("order")
+    order, z = probe.options.get("order"), probe.moved(x)
     probe.wrong_groups += _wrong_groups(
-        x if order is None else x[:, order], got if order is None else got[:, order], probe.pattern
+        z if order is None else z[:, order], got if order is None else got[:, order], probe.pattern
     )
 
 
@@ -108,17 +108,26 @@ def _checks(probes: Sequence[Probe]) -> list[Check]:
     values = [f"{p.claim.name!r}: {p.wrong_values} values differ" for p in alone if p.wrong_values]
     groups = [f"{p.claim.name!r}: {p.wrong_groups} groups" for p in alone if p.wrong_groups]
     products = [f"{p.claim.name!r}: {p.excess:.3g} times what rounding explains" for p in fused if _is_beyond(p.excess)]
-    shifted = [p for p in seen if p.misfold is not None]
-    folds = [
-        f"{p.claim.name!r}: {p.misfold:.3g} times what rounding explains" for p in shifted if _is_beyond(p.misfold)
+    moved = [
+        *_fold_check("folded biases make up for the shift", "layers with a shift", {p: p.misfold for p in seen}),
+        *_fold_check("row sums make up for the center", "layers with a center", {p: p.missum for p in seen}),
     ]
-    folded = [counted("folded biases make up for the shift", len(shifted), folds, "layers with a shift")]
     return [
-        *(folded if shifted else []),
+        *moved,
         counted("pruned activations equal the reference bit for bit", len(alone), values, "layers with NMPrune"),
         counted("every group keeps exactly N of its non-zero values", len(alone), groups, "layers with NMPrune"),
         counted("fused layers equal the reference up to rounding", len(fused), products, "layers with NMMatMul"),
     ]
+
+
+def _fold_check(name: str, what: str, measured: Mapping[Probe, float | None]) -> list[Check]:
+    known = {probe: excess for probe, excess in measured.items() if excess is not None}
+    faults = [
+        f"{probe.claim.name!r}: {excess:.3g} times what rounding explains"
+        for probe, excess in known.items()
+        if excess > 1
+    ]
+    return [counted(name, len(known), faults, what)] if known else []
 
 
 def _is_beyond(excess: float | None) -> bool:

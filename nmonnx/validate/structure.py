@@ -34,7 +34,7 @@ def check_structure(pair: Pair, found: Sequence[str] | None) -> list[Check]:
     work = _Structure(pair)
     checks = [] if found is None else [_check_sites(pair.claims, found)]
     checks += [work.prunes(), work.left(), work.ops()]
-    edits = list(Comparison(pair.in_before, pair.in_after).models(pair.before, pair.after))
+    edits = list(Comparison(pair.in_before, pair.in_after).models(pair.before, pair.plain))
     return checks + work.changes(edits)
 
 
@@ -151,6 +151,22 @@ class _Structure:
                 yield f"op {label(node)!r} is {node.op_type}, not {claim.kernel}"
             if claim.name not in sites_of(node):
                 yield f"op {label(node)!r} does not list it"
+            yield from self._faults_of_additions(claim, node)
+
+    def _faults_of_additions(self, claim: Claim, node: NodeProto) -> Iterator[str]:
+        """What an op takes from the activation must be made up for once: in the op, or behind the layer."""
+        shift = self.pair.inputs_of(claim.scope, node).get("shift")
+        values = self.pair.constant(shift) if shift else None
+        centered = any(a.name == "center" and a.i for a in node.attribute)
+        moved = centered or (values is not None and bool(np.any(values)))
+        addition = self.pair.additions.get(claim.name)
+        if node.op_type != "NMPrune":
+            if addition is not None:
+                yield "something is added behind it though its op adds it already"
+        elif moved and (addition is None or addition.centered != centered):
+            yield f"op {label(node)!r} moves its activation and nothing behind it makes up for that"
+        elif addition is not None and not moved:
+            yield "something is added behind it though its op does not move the activation"
 
     def _faults_of_weights(self, before: Trail, after: Trail) -> Iterator[str]:
         optional = {key for (scope, _), node in after.own.items() for key, _ in self._optional(scope, node)}
