@@ -54,7 +54,10 @@ def command(
     ] = None,
     mitigation: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(help="s-pts or s-pts-scalar: shift by calibrated values, folded into biases; var. Repeatable."),
+        typer.Option(
+            help="d-pts or d-pts-mean: move each token by its median or mean; s-pts (-median, -mode, -scalar,"
+            " -scalar-mean, -scalar-mode): by calibrated values, folded into biases; var. Repeatable."
+        ),
     ] = None,
     allocate: Annotated[
         Optional[str],  # noqa: UP045
@@ -170,8 +173,9 @@ def _how_chosen(done: Conversion, pruned: list[dict[str, Any]]) -> list[str]:
         words.append(f"Criterion {recipe.criterion}, {recipe.share} for the layers of one activation.")
     if recipe.mitigations:
         words.append(f"Mitigations: {', '.join(recipe.mitigations)}.")
-    unfolded = Counter(next(p for p in done.passes if p.name == "fold-shift").left.values())
-    words += [f"Without shift: {_times(n)}: {why}." for why, n in unfolded.items()]
+    for what in ("shift", "center"):
+        unfolded = Counter(next(p for p in done.passes if p.name == f"fold-{what}").left.values())
+        words += [f"Without {what}: {_times(n)}: {why}." for why, n in unfolded.items()]
     if recipe.order != "none":
         words.append(_what_the_order_spares(done))
     patterns = Counter(r["pattern"] for r in pruned)
