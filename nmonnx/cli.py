@@ -21,6 +21,7 @@ from nmonnx.commands import (
     doctor,
     evaluate,
     generate,
+    gradients,
     inspect,
     sensitivity,
     validate,
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (inspect, calibrate, sensitivity, convert, validate, evaluate, diff, generate, doctor, demo):
+for command in (inspect, calibrate, sensitivity, gradients, convert, validate, evaluate, diff, generate, doctor, demo):
     app.command(command.__name__.rpartition(".")[2])(command.command)
 
 

@@ -19,6 +19,7 @@ from nmonnx.sites import AT_RUN_TIME, Found, Selection, converted_with, find_sit
 from nmonnx.treatment import Plan, plan
 
 if TYPE_CHECKING:
+    from nmonnx.gradients import Gradients
     from nmonnx.sensitivity_record import Sensitivity
     from nmonnx.stats import Stats
 
@@ -68,21 +69,26 @@ def convert(
     overwrite: bool = False,
     stats: Stats | None = None,
     sensitivity: Sensitivity | None = None,
+    gradients: Gradients | None = None,
 ) -> Conversion:
     """Write a copy of the model at `source` to `out` whose chosen linear layers prune their input. With `out` None
-    nothing is written. `stats` and `sensitivity` are what `recipe.needs` asks for, measured on `source`.
+    nothing is written. `stats`, `sensitivity` and `gradients` are what `recipe.needs` asks for, measured on `source`.
 
     Raises InputError when the source is not a usable model, UsageError when the recipe does not fit it, when what it
     needs is missing or comes from another model, or a file is in the way, ModelError when writing fails.
     """
-    model, done = rewrite(source, recipe, stats, sensitivity)
+    model, done = rewrite(source, recipe, stats, sensitivity, gradients)
     if out is None:
         return done
     return replace(done, out=save(model, out, overwrite, _sidecars(model.path, Path(out))))
 
 
 def rewrite(
-    source: str | Path, recipe: Recipe, stats: Stats | None = None, sensitivity: Sensitivity | None = None
+    source: str | Path,
+    recipe: Recipe,
+    stats: Stats | None = None,
+    sensitivity: Sensitivity | None = None,
+    gradients: Gradients | None = None,
 ) -> tuple[Model, Conversion]:
     """The edited model that `convert` writes, not written yet. Raises InputError and UsageError as `convert` does."""
     model = load(source)
@@ -92,8 +98,8 @@ def rewrite(
     found = find_sites(model)
     selection = select(found, recipe.include, recipe.exclude, recipe.lm_head)
     _refuse_nothing(model.path, found, selection)
-    _refuse_foreign(model.path, {"statistics": stats, "sensitivity": sensitivity})
-    planned = plan(recipe, found, selection.chosen, stats, sensitivity)
+    _refuse_foreign(model.path, {"statistics": stats, "sensitivity": sensitivity, "gradients": gradients})
+    planned = plan(recipe, found, selection.chosen, stats, sensitivity, gradients)
     results = run(pipeline(recipe, planned, selection.left), model, selection.chosen)
     records = tuple(json.loads(model.metadata["nmonnx.sites"]))
     return model, Conversion(Path(source), recipe, found, selection, planned, tuple(results), records, None)
@@ -129,7 +135,7 @@ def _refuse_nothing(path: Path, found: Found, selection: Selection) -> None:
     raise UsageError(f"{path}: nothing to prune, all {len(linears)} linear layers are left: {reasons}{seen}")
 
 
-def _refuse_foreign(path: Path, measured: Mapping[str, Stats | Sensitivity | None]) -> None:
+def _refuse_foreign(path: Path, measured: Mapping[str, Stats | Sensitivity | Gradients | None]) -> None:
     source = file_sha256(path) if any(measured.values()) else ""
     for what, given in measured.items():
         if given is not None and given.source != source:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from nmonnx.gradients import SiteGradient
+    from nmonnx.sites import Site
     from nmonnx.stats import Seen
 
 _OUTLIERS = (0.005, 0.995)
@@ -24,10 +26,20 @@ _SEED = 0
 class Layer:
     """weight  [K, N] float32, dequantised
     seen    what calibration saw of its input; None without calibration
+    gradient  how the loss depends on its input; None where it was not measured
     """
 
     weight: np.ndarray
     seen: Seen | None = None
+    gradient: SiteGradient | None = None
+
+    @classmethod
+    def of(cls, site: Site, seen: Seen | None = None, gradient: SiteGradient | None = None) -> Layer:
+        """Raises InputError when the weight cannot be read."""
+        weight = site.weight()
+        if weight.ndim == 3:  # experts [E, K, N] stand side by side
+            weight = weight.transpose(1, 0, 2).reshape(site.k, -1)
+        return cls(weight, seen, gradient)
 
     @cached_property
     def norms(self) -> np.ndarray:
@@ -81,6 +93,13 @@ def smooth(layer: Layer) -> np.ndarray:
     return np.where((largest_w > 0) & (s > 0), 1 / np.where(s > 0, s, 1), 0)
 
 
+def mean_gradient(layer: Layer) -> np.ndarray:
+    """E|g_j|, the mean magnitude of the gradient of the loss by channel j: |x_j| c_j is then the first-order estimate
+    of what dropping it costs, made static. The paper's code multiplies by the gradient of each position instead."""
+    assert layer.gradient is not None, "recipes that need gradients are refused without them"
+    return np.abs(layer.gradient.slope.astype(np.float64)).mean(axis=0) * layer.gradient.unit
+
+
 def uniform_random(layer: Layer) -> np.ndarray:
     """A baseline for sanity: factors far enough apart (10^0 to 10^6) that the activation hardly decides. Always the
     same for a given K."""
@@ -98,6 +117,7 @@ CRITERIA: dict[str, Weighing | None] = {
     "var-weight": weight_variance,
     "clact-static": static_clact,
     "pcs": smooth,
+    "grad": mean_gradient,
     "random": uniform_random,
 }
 """By name, as in --criterion; None: the activation alone (ACT)."""

@@ -19,7 +19,7 @@ FALLBACKS = ("function", "none")
 SHARES = ("joint", "separate")
 ORDERS = ("none", "deal", "swap")
 MITIGATIONS = (*SHIFTS, *CENTERS, "var")
-ALLOCATIONS = ("uniform", "forward")
+ALLOCATIONS = ("uniform", "forward", "fisher")
 DEFAULT_PATTERN = Pattern(8, 16)
 SCHEMA_VERSION = 1
 
@@ -49,6 +49,7 @@ class Recipe:
               channel, folded into biases), or "d-pts" (by the median of each token) or "d-pts-mean" (by its mean);
               "var" (restore the variance of each token, that of what is left after the shift)
     allocate  "forward": a kept N for each layer, from its measured sensitivity, at the weight bytes of `pattern`;
+              "fisher": the same from the measured gradients of the loss;
               "uniform": the same N everywhere
     patterns  selector -> pattern of the layers that it matches, the last one wins; others have `pattern`
     kernel    "auto": prune and multiply in one op where that pays; "fused": wherever it can be done;
@@ -98,10 +99,11 @@ class Recipe:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What must be measured on the model first: "stats", "sensitivity"."""
-        stats = self.order != "none" or self.allocate != "uniform" or self.criterion in CALIBRATED
+        """What must be measured on the model first: "stats", "sensitivity", "gradients"."""
+        stats = self.order != "none" or self.allocate == "forward" or self.criterion in CALIBRATED
         stats = stats or bool(set(SHIFTS) & set(self.mitigations))
-        return ("stats",) * stats + ("sensitivity",) * (self.allocate == "forward")
+        gradients = self.allocate == "fisher" or self.criterion == "grad"
+        return ("stats",) * stats + ("sensitivity",) * (self.allocate == "forward") + ("gradients",) * gradients
 
     def to_json(self) -> str:
         patterns = {selector: str(pattern) for selector, pattern in self.patterns}

@@ -12,14 +12,16 @@ import numpy as np
 from nmonnx.allocate import Choice, allocate
 from nmonnx.criteria import Layer, channel_scale, normalised
 from nmonnx.errors import InputError, Unseen, UsageError
+from nmonnx.expected import fisher, forward
 from nmonnx.grouping import Lost, deal, lost, swap
 from nmonnx.pattern import Pattern
 from nmonnx.recipe import Recipe
-from nmonnx.reference import Center, keep_mask, scores
+from nmonnx.reference import Center, scores
 from nmonnx.shifts import CENTERS, SHIFTS
 from nmonnx.sites import Found, Site, matching
 
 if TYPE_CHECKING:
+    from nmonnx.gradients import Gradients
     from nmonnx.sensitivity_record import Sensitivity
     from nmonnx.stats import Seen, Stats
 
@@ -64,15 +66,16 @@ def plan(
     sites: Sequence[Site],
     stats: Stats | None = None,
     sensitivity: Sensitivity | None = None,
+    gradients: Gradients | None = None,
 ) -> Plan:
     """The treatment of every chosen site.
 
     Raises UsageError when the recipe needs something that was not given, or an allocation a site that was not seen.
     """
-    given = {"stats": stats, "sensitivity": sensitivity}
+    given = {"stats": stats, "sensitivity": sensitivity, "gradients": gradients}
     for need in recipe.needs:
         if given[need] is None:
-            command = {"stats": "calibrate", "sensitivity": "sensitivity"}[need]
+            command = "calibrate" if need == "stats" else need
             raise UsageError(f"the recipe needs --{need}; make the file with 'nmonnx {command}' on the original model")
     patterns = _patterns(recipe, found)
     custom = _Vectors(Path(recipe.criterion)) if recipe.criterion.endswith(".npz") else None
@@ -82,8 +85,10 @@ def plan(
         pattern, center = patterns.get(group[0].name, recipe.pattern), _center(recipe)
         treatment = Treatment(pattern, variance="var" in recipe.mitigations, center=center)
         try:
-            seen = stats.of(group[0].name) if stats is not None and recipe.needs else None
-            scale = custom.of(group) if custom else channel_scale(recipe.criterion, (_layer(s, seen) for s in group))
+            seen = stats.of(group[0].name) if stats is not None and "stats" in recipe.needs else None
+            slopes = gradients if recipe.criterion == "grad" else None
+            layers = (Layer.of(site, seen, slopes.of(site.name) if slopes else None) for site in group)
+            scale = custom.of(group) if custom else channel_scale(recipe.criterion, layers)
         except (InputError, Unseen) as e:
             reason = f"no statistics, {e.reason}" if isinstance(e, Unseen) else str(e)
             plain.update({site.name: reason for site in group})
@@ -92,7 +97,11 @@ def plan(
         made.append((group, treatment))
     if recipe.allocate == "forward":
         assert stats is not None and sensitivity is not None
-        made = _allocated(recipe, made, stats, sensitivity)
+        losses = [forward(group, treatment, stats.of(group[0].name), sensitivity) for group, treatment in made]
+        made = _allocated(recipe, made, losses)
+    if recipe.allocate == "fisher":
+        assert gradients is not None
+        made = _allocated(recipe, made, [fisher(group, treatment, gradients) for group, treatment in made])
     spared: dict[str, Lost] = {}
     for number, (group, treatment) in enumerate(made):
         if stats is not None and treatment.order is not None:
@@ -148,51 +157,17 @@ def _patterns(recipe: Recipe, found: Found) -> dict[str, Pattern]:
     return chosen
 
 
-def _layer(site: Site, seen: Seen | None) -> Layer:
-    weight = site.weight()
-    if weight.ndim == 3:  # experts [E, K, N] stand side by side
-        weight = weight.transpose(1, 0, 2).reshape(site.k, -1)
-    return Layer(weight, seen)
-
-
 def _allocated(
-    recipe: Recipe, made: list[tuple[list[Site], Treatment]], stats: Stats, sensitivity: Sensitivity
+    recipe: Recipe, made: list[tuple[list[Site], Treatment]], losses: Sequence[np.ndarray]
 ) -> list[tuple[list[Site], Treatment]]:
-    choices = []
-    for group, treatment in made:
-        curve = _lost(group, treatment, stats.of(group[0].name))
-        measured = sensitivity.pattern
-        place = measured.n * len(curve) // measured.m - 1
-        known = curve[min(max(place, 0), len(curve) - 1)]
-        loss = sum(_loss(sensitivity, site.name) for site in group)
-        choices.append(Choice(sum(s.k * s.n for s in group), curve * (loss / known if known > 0 else 0.0)))
-    n_of_all = recipe.pattern
-    kept = allocate(choices, n_of_all.n / n_of_all.m, max(1, n_of_all.m // _LEAST_SHARE))
+    """With an n of its own for each prune, at the weight bytes of the recipe's pattern."""
+    of_all = recipe.pattern
+    choices = [Choice(sum(s.k * s.n for s in group), loss) for (group, _), loss in zip(made, losses, strict=True)]
+    kept = allocate(choices, of_all.n / of_all.m, max(1, of_all.m // _LEAST_SHARE))
     return [
-        (group, replace(treatment, pattern=Pattern(n, n_of_all.m)))
+        (group, replace(treatment, pattern=Pattern(n, of_all.m)))
         for (group, treatment), n in zip(made, kept, strict=True)
     ]
-
-
-def _loss(sensitivity: Sensitivity, name: str) -> float:
-    """A layer's share of what pruning the layers on its activation costs, in nats per token."""
-    if name not in sensitivity.sites:
-        raise UsageError(f"the sensitivity of layer {name!r} was not measured; measure all layers")
-    measured = sensitivity.sites[name]
-    return max(measured.kl, 0.0) / len(measured.group)
-
-
-def _lost(group: Sequence[Site], treatment: Treatment, seen: Seen) -> np.ndarray:
-    """[m]: the share of the output energy that keeping n = 1..m loses on the calibration sample, by the diagonal of
-    W W^T: sum over dropped channels of (x_j ||W_j||)^2, over the same of all, mean over tokens."""
-    norms = np.sqrt(sum(np.square(_layer(site, None).norms) for site in group))
-    x = seen.sample.astype(np.float32)
-    energy = np.square(x * norms)
-    total = np.maximum(energy.sum(axis=1), np.finfo(np.float32).tiny)
-    m = treatment.pattern.m
-    criterion = (treatment.scale, treatment.shift, treatment.order, treatment.center)
-    kept = (keep_mask(x, n, m, *criterion) for n in range(1, m + 1))
-    return np.array([float(((energy * ~mask).sum(axis=1) / total).mean()) for mask in kept])
 
 
 class _Vectors:

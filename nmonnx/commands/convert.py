@@ -17,6 +17,7 @@ from nmonnx.report import Report, check_format, table
 
 if TYPE_CHECKING:
     from nmonnx.convert import Conversion
+    from nmonnx.gradients import Gradients
     from nmonnx.sensitivity_record import Sensitivity
     from nmonnx.stats import Stats
 
@@ -38,7 +39,7 @@ def command(
         Optional[str],  # noqa: UP045
         typer.Option(
             help="What makes a channel worth keeping: act, wina, sqrt-wina, amber, amber-code, var-weight,"
-            " clact-static, pcs, random, or the path of an .npz with a vector for each layer. [default: act]"
+            " clact-static, pcs, grad, random, or the path of an .npz with a vector for each layer. [default: act]"
         ),
     ] = None,
     share: Annotated[
@@ -61,7 +62,10 @@ def command(
     ] = None,
     allocate: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="forward: a kept N for each layer by --sensitivity, same bytes; uniform. [default: uniform]"),
+        typer.Option(
+            help="A kept N for each layer, same bytes: forward (by --sensitivity), fisher (by --gradients); or uniform."
+            " [default: uniform]"
+        ),
     ] = None,
     preset: Annotated[
         Optional[str],  # noqa: UP045
@@ -74,6 +78,10 @@ def command(
     sensitivity: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="What 'nmonnx sensitivity' measured on MODEL (.json).", show_default=False),
+    ] = None,
+    gradients: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="What 'nmonnx gradients' measured on MODEL (.npz).", show_default=False),
     ] = None,
     kernel: Annotated[
         Optional[str],  # noqa: UP045
@@ -121,15 +129,23 @@ def command(
         output = model.with_name(f"{model.stem}-{str(recipe.pattern).replace(':', 'x')}.onnx")
     if output.suffix != ".onnx":
         raise UsageError(f"--output {output}: the name must end in .onnx")
-    done = convert(model, None if dry_run else output, recipe, overwrite, *_measured(stats, sensitivity))
+    measured = _measured(stats, sensitivity, gradients)
+    done = convert(model, None if dry_run else output, recipe, overwrite, *measured)
     tell(conversion(done, verbose), report, quiet)
 
 
-def _measured(stats: Path | None, sensitivity: Path | None) -> tuple[Stats | None, Sensitivity | None]:
+def _measured(
+    stats: Path | None, sensitivity: Path | None, gradients: Path | None
+) -> tuple[Stats | None, Sensitivity | None, Gradients | None]:
+    from nmonnx.gradients import Gradients
     from nmonnx.sensitivity_record import Sensitivity
     from nmonnx.stats import Stats
 
-    return Stats.load(stats) if stats else None, Sensitivity.load(sensitivity) if sensitivity else None
+    return (
+        Stats.load(stats) if stats else None,
+        Sensitivity.load(sensitivity) if sensitivity else None,
+        Gradients.load(gradients) if gradients else None,
+    )
 
 
 def conversion(done: Conversion, verbose: bool = False) -> Report:

@@ -97,7 +97,6 @@ def _cast(op: Op, x: Tensor) -> Tensor:
     return x.to(dtype_of(op.get("to")))
 
 
-
 def _einsum(op: Op, *inputs: Tensor) -> Tensor:
     return torch.einsum(op.get("equation"), *inputs)
 
