@@ -3,8 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
-#include <vector>
 
 #include "kernels/portable.h"
 
@@ -22,50 +20,32 @@ struct Correction {
 
 constexpr double kMaxRatio = 4.0;
 
-// The sum of term(0) .. term(count - 1), in double. Four partial sums, so that additions need not wait for each other.
-template <class Term>
-double Sum(size_t count, Term&& term) {
-  double sums[4] = {};
-  size_t k = 0;
-  for (; k + 4 <= count; k += 4) {
-    for (size_t i = 0; i < 4; ++i) sums[i] += term(k + i);
-  }
-  for (; k < count; ++k) sums[k % 4] += term(k);
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-
-// eta, the mean or the lower median of z; a NaN makes both NaN. Never -0.
-inline float CenterOf(Center center, const float* z, size_t channels, std::vector<float>& scratch) {
+// eta, the mean or the lower median of z; a NaN makes both NaN. Never -0. `keys` is scratch of `channels`.
+inline float CenterOf(const MomentKernels& kernels, Center center, const float* z, size_t channels, int32_t* keys) {
   if (channels == 0) return 0.0f;
-  if (center == Center::kMean) {
-    return static_cast<float>(Sum(channels, [z](size_t k) { return double{z[k]}; }) / static_cast<double>(channels));
-  }
-  if (std::any_of(z, z + channels, [](float v) { return std::isnan(v); })) {
-    return std::numeric_limits<float>::quiet_NaN();
-  }
-  scratch.assign(z, z + channels);
-  const auto middle = scratch.begin() + static_cast<std::ptrdiff_t>((channels - 1) / 2);
-  std::nth_element(scratch.begin(), middle, scratch.end());
-  return *middle + 0.0f;
+  if (center == Center::kMedian) return kernels.median(z, channels, keys);
+  return static_cast<float>(kernels.sum(z, channels) / static_cast<double>(channels)) + 0.0f;
 }
 
-// The variance of value(0) .. value(count - 1), times count. In two passes: a large mean does no harm.
-template <class Value>
-double SquaredDeviation(size_t count, Value&& value) {
-  const double mean = Sum(count, value) / static_cast<double>(count);
-  return Sum(count, [&](size_t k) {
-    const double off = value(k) - mean;
-    return off * off;
-  });
-}
-
-// nu = sqrt(Var[z] / Var[z * mask]), at most 4; 1 where there is no such number. `value(k)` is z of channel k.
-template <class Value>
-float VarianceRatio(size_t channels, const uint64_t* bits, Value&& value) {
-  const double all = SquaredDeviation(channels, value);
-  const double kept = SquaredDeviation(channels, [&](size_t k) { return HasBit(bits, k) ? value(k) : 0.0; });
+// nu = sqrt(Var[z] / Var[kept]), at most 4; 1 where there is no such number. The variances are given times channels.
+inline float RatioOf(double all, double kept) {
   const double ratio = std::sqrt(all / kept);
   return kept == 0.0 || !std::isfinite(ratio) ? 1.0f : static_cast<float>(std::min(ratio, kMaxRatio));
+}
+
+// nu of z and of `kept`, z where it is kept and 0 elsewhere. In two passes: a large mean does no harm.
+inline float VarianceRatio(const MomentKernels& kernels, const float* z, const float* kept, size_t channels) {
+  const double count = static_cast<double>(channels);
+  const auto deviation = [&](const float* x) { return kernels.squares(x, channels, kernels.sum(x, channels) / count); };
+  return RatioOf(deviation(z), deviation(kept));
+}
+
+inline float VarianceRatio(const double* z, const double* kept, size_t channels) {
+  const double count = static_cast<double>(channels);
+  const auto deviation = [&](const double* x) {
+    return PortableSquares(x, channels, PortableSum(x, channels) / count);
+  };
+  return RatioOf(deviation(z), deviation(kept));
 }
 
 }  // namespace nmonnx

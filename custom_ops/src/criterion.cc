@@ -124,11 +124,15 @@ const uint64_t* Selector::Select(const double* x) {
 
 void Selector::TakeCenter() {
   if (criterion_.correction.center == Center::kNone) return;
-  center_ = CenterOf(criterion_.correction.center, z_.data(), channels_, scratch_);
+  center_ = CenterOf(kernels_.moments, criterion_.correction.center, z_.data(), channels_, keys_.data());
   for (float& z : z_) z -= center_;
 }
 
 const uint64_t* Selector::SelectScored(const float* z) {
+  if (criterion_.scale.empty() && criterion_.order.empty()) {
+    kernels_.prune.select_f32(z, channels_, pattern_.keep, pattern_.group, bits_.data());
+    return bits_.data();
+  }
   const float* scale = criterion_.scale.empty() ? nullptr : criterion_.scale.data();
   const auto key_of = [z, scale](size_t k) { return scale ? ScoreKey(z[k], scale[k]) : KeyOf(z[k]); };
   const std::vector<uint32_t>& order = criterion_.order;

@@ -57,7 +57,6 @@ class Selector {
   const size_t channels_;
   float center_ = 0.0f;
   std::vector<float> z_;
-  std::vector<float> scratch_;
   std::vector<int32_t> keys_;
   std::vector<uint64_t> bits_;
   std::vector<uint64_t> ordered_bits_;

@@ -13,6 +13,32 @@ constexpr size_t kTaskSize = 1 << 14;  // channels a task selects at least
 float ValueOf(const float* x, const float* moved, size_t k) { return moved ? moved[k] : x[k]; }
 float ValueOf(const Half* x, const float* moved, size_t k) { return Widen(moved ? Narrow(moved[k]) : x[k]); }
 
+// nu of one token after another; one per thread.
+class Ratios {
+ public:
+  Ratios(const Kernels& kernels, bool needed, size_t channels)
+      : kernels_(kernels), channels_(channels), z_(needed ? channels : 0), kept_(needed ? channels : 0),
+        half_(needed ? channels : 0) {}
+
+  float Of(const float* x, const float* moved, const uint64_t* bits) { return OfValues(moved ? moved : x, bits); }
+  float Of(const Half* x, const float* moved, const uint64_t* bits) {
+    if (moved) kernels_.prune.narrow(moved, channels_, half_.data());
+    kernels_.prune.widen(moved ? half_.data() : x, channels_, z_.data());
+    return OfValues(z_.data(), bits);
+  }
+
+ private:
+  float OfValues(const float* z, const uint64_t* bits) {
+    kernels_.prune.apply_f32(z, bits, channels_, kept_.data());
+    return VarianceRatio(kernels_.moments, z, kept_.data(), channels_);
+  }
+
+  const Kernels& kernels_;
+  const size_t channels_;
+  std::vector<float> z_, kept_;
+  std::vector<Half> half_;
+};
+
 // Most entries of a token in one block: with an order, or where groups cross blocks, a block may be kept whole.
 size_t Capacity(size_t channels, size_t block_rows, Pattern pattern, const Criterion& criterion) {
   const size_t kept = pattern.KeptOf(channels);
@@ -35,6 +61,7 @@ void KeptLists::Fill(const Call& call, const Kernels& kernels, const T* x) {
   const size_t tokens_per_task = std::max<size_t>(1, kTaskSize / std::max<size_t>(1, channels_));
   call.ParallelFor((tokens_ + tokens_per_task - 1) / tokens_per_task, [&](size_t task) {
     Selector selector(kernels, pattern_, criterion_, channels_);
+    Ratios ratios(kernels, criterion_.correction.variance, channels_);
     const size_t end = std::min(tokens_, (task + 1) * tokens_per_task);
     for (size_t t = task * tokens_per_task; t < end; ++t) {
       const T* token = x + t * channels_;
@@ -42,8 +69,7 @@ void KeptLists::Fill(const Call& call, const Kernels& kernels, const T* x) {
       const float* moved = criterion_.MovesValues() ? selector.moved() : nullptr;
       FillToken(token, moved, bits, t);
       if (!centers_.empty()) centers_[t] = selector.center();
-      if (!criterion_.correction.variance) continue;
-      ratios_[t] = VarianceRatio(channels_, bits, [=](size_t k) { return double{ValueOf(token, moved, k)}; });
+      if (criterion_.correction.variance) ratios_[t] = ratios.Of(token, moved, bits);
     }
   });
 }

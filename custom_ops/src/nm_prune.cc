@@ -2,6 +2,7 @@
 // group zero, times nu where the attribute `variance` asks for it.
 
 #include <algorithm>
+#include <vector>
 
 #include "kernels/portable.h"
 #include "ops.h"
@@ -56,19 +57,39 @@ void Put(float value, float& to) { to = value; }
 void Put(float value, Half& to) { to = Narrow(value); }
 void Put(float value, double& to) { to = value; }
 
-double Exact(float x) { return x; }
-double Exact(Half x) { return Widen(x); }
-double Exact(double x) { return x; }
-float Times(float x, float nu) { return x * nu; }
-Half Times(Half x, float nu) { return Narrow(Widen(x) * nu); }
-double Times(double x, float nu) { return x * static_cast<double>(nu); }
+// y = nu times the kept values of z, which may lie where y does.
+class Rescaler {
+ public:
+  Rescaler(const Kernels& kernels, bool needed, size_t channels)
+      : kernels_(kernels), channels_(channels), z_(needed ? channels : 0), kept_(needed ? channels : 0) {}
 
-// The kept values of z times nu, which may lie where z does.
-template <class T>
-void Rescale(const T* z, const uint64_t* bits, size_t channels, T* y) {
-  const float nu = VarianceRatio(channels, bits, [z](size_t k) { return Exact(z[k]); });
-  for (size_t k = 0; k < channels; ++k) y[k] = Times(z[k], nu);
-}
+  void Run(const float* z, const uint64_t* bits, float* y) {
+    const float nu = Ratio(z, bits);
+    for (size_t k = 0; k < channels_; ++k) y[k] = kept_[k] * nu;
+  }
+  void Run(const Half* z, const uint64_t* bits, Half* y) {
+    kernels_.prune.widen(z, channels_, z_.data());
+    const float nu = Ratio(z_.data(), bits);
+    for (float& value : kept_) value *= nu;
+    kernels_.prune.narrow(kept_.data(), channels_, y);
+  }
+  void Run(const double* z, const uint64_t* bits, double* y) {
+    std::vector<double> kept(channels_);
+    PortableApply(z, bits, channels_, kept.data());
+    const double nu = VarianceRatio(z, kept.data(), channels_);
+    for (size_t k = 0; k < channels_; ++k) y[k] = kept[k] * nu;
+  }
+
+ private:
+  float Ratio(const float* z, const uint64_t* bits) {
+    kernels_.prune.apply_f32(z, bits, channels_, kept_.data());
+    return VarianceRatio(kernels_.moments, z, kept_.data(), channels_);
+  }
+
+  const Kernels& kernels_;
+  const size_t channels_;
+  std::vector<float> z_, kept_;
+};
 
 // Tokens do not matter where groups never cross them: `count` channels as one long token.
 template <class T>
@@ -95,6 +116,7 @@ void PruneTokens(const Call& call, Pattern pattern, const Kernels& kernels, cons
   const size_t tokens_per_task = std::max<size_t>(1, kTaskSize / channels);
   call.ParallelFor((tokens + tokens_per_task - 1) / tokens_per_task, [&](size_t task) {
     Selector selector(kernels, pattern, criterion, channels);
+    Rescaler rescaler(kernels, criterion.correction.variance, channels);
     const size_t end = std::min(tokens, (task + 1) * tokens_per_task);
     for (size_t t = task * tokens_per_task; t < end; ++t) {
       const T* from = x + t * channels;
@@ -106,10 +128,10 @@ void PruneTokens(const Call& call, Pattern pattern, const Kernels& kernels, cons
         from = to;
       }
       if (criterion.correction.variance) {
-        Rescale(from, bits, channels, to);
-        from = to;
+        rescaler.Run(from, bits, to);
+      } else {
+        Apply(kernels.prune, from, bits, channels, to);
       }
-      Apply(kernels.prune, from, bits, channels, to);
     }
   });
 }

@@ -1,6 +1,7 @@
 // Every SIMD target against the portable code, on buffers that end exactly where the data ends: built with
 // NMONNX_SANITIZE a read or write beyond them stops the program. Prints "ok <target>" for each target.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -100,6 +101,37 @@ void TestHalf(const Kernels& kernels) {
   }
 }
 
+bool SameBits(double a, double b) { return std::memcmp(&a, &b, sizeof(a)) == 0 || (std::isnan(a) && std::isnan(b)); }
+
+// Nasty values, and without Inf and NaN a large mean, where sums in float would not do.
+void TestMoments(const Kernels& kernels, const Kernels& meaning) {
+  for (const size_t count : {1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 257, 1000, 2048}) {
+    for (int kind = 0; kind < 4; ++kind) {
+      Exact<float> x(count, count % 5);
+      for (size_t i = 0; i < count; ++i) {
+        x[i] = kind == 0 ? Nasty(0.0f) : kind == 1 ? 2.5f : static_cast<float>(random_bits() % 999) / 99 + 4096.0f;
+        if (kind == 3) x[i] = -x[i] * static_cast<float>(random_bits() % 3);
+      }
+      Exact<int32_t> keys(count, 1), scratch(count, 0);
+      const double sum = kernels.moments.sum(x.data(), count);
+      Require(SameBits(sum, meaning.moments.sum(x.data(), count)), kernels.target, "sum", count, kind, 0);
+      const double mean = sum / static_cast<double>(count);
+      Require(SameBits(kernels.moments.squares(x.data(), count, mean), meaning.moments.squares(x.data(), count, mean)),
+              kernels.target, "squares", count, kind, 0);
+      const float median = kernels.moments.median(x.data(), count, keys.data());
+      Require(SameBits(median, meaning.moments.median(x.data(), count, scratch.data())), kernels.target, "median",
+              count, kind, 0);
+      std::vector<float> sorted(x.data(), x.data() + count);
+      if (std::any_of(sorted.begin(), sorted.end(), [](float v) { return std::isnan(v); })) {
+        Require(std::isnan(median), kernels.target, "median of NaN", count, kind, 0);
+      } else {
+        std::sort(sorted.begin(), sorted.end());
+        Require(median == sorted[(count - 1) / 2], kernels.target, "median by sorting", count, kind, 0);
+      }
+    }
+  }
+}
+
 float Small(float) { return static_cast<float>(static_cast<int32_t>(random_bits() % 9) - 4); }
 Half Small(Half) { return Narrow(Small(0.0f)); }
 
@@ -157,6 +189,7 @@ int main() {
     TestPrune<Half>(kernels, meaning, &PruneKernels::select_f16, &PruneKernels::apply_f16);
     TestPrune<int32_t>(kernels, meaning, &PruneKernels::select_keys, nullptr);
     TestHalf(kernels);
+    TestMoments(kernels, meaning);
     TestMatMul<float>(kernels);
     TestMatMul<Half>(kernels);
     std::printf("ok %s\n", kernels.target);

@@ -40,7 +40,7 @@ std::vector<Kernels> Available() {
 #define NMONNX_ADD(target, name)                                                        \
   if (CpuHas##target()) {                                                               \
     tables.push_back({name, N_##target::PruneTable(), N_##target::MatMulTableF32(),     \
-                      N_##target::MatMulTableF16()});                                   \
+                      N_##target::MatMulTableF16(), N_##target::MomentTable()});        \
   }
   NMONNX_TARGETS(NMONNX_ADD)
 #undef NMONNX_ADD

@@ -75,11 +75,21 @@ struct MatMulKernels {
   void (*add_panel)(const BlockEntries& block, const float* panel, const Ahead& ahead, float* y);
 };
 
+// Sums over the channels of a token.
+struct MomentKernels {
+  double (*sum)(const float* x, size_t count);
+  // The sum of (x[k] - mean)^2.
+  double (*squares)(const float* x, size_t count, double mean);
+  // The lower median, never -0; NaN where x has one. `keys` is scratch of `count`, which is at least 1.
+  float (*median)(const float* x, size_t count, int32_t* keys);
+};
+
 struct Kernels {
   const char* target;
   PruneKernels prune;
   MatMulKernels<float> matmul_f32;
   MatMulKernels<Half> matmul_f16;
+  MomentKernels moments;
 };
 
 template <class T>

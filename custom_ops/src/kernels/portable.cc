@@ -58,6 +58,15 @@ void AddPanel(const BlockEntries& block, const float* panel, const Ahead&, float
   }
 }
 
+float Median(const float* x, size_t count, int32_t* keys) {
+  for (size_t k = 0; k < count; ++k) {
+    if (x[k] != x[k]) return BitsToFloat(0x7fc00000u);
+    keys[k] = OrderedKey(x[k]);
+  }
+  std::nth_element(keys, keys + (count - 1) / 2, keys + count);
+  return OfOrderedKey(keys[(count - 1) / 2]) + 0.0f;
+}
+
 }  // namespace
 
 Kernels PortableKernels() {
@@ -65,7 +74,8 @@ Kernels PortableKernels() {
           {Select<float>, Select<Half>, Select<int32_t>, PortableApply<float>, PortableApply<Half>, WidenAll,
            NarrowAll},
           {kPanelColumns, AddRows<float>, CopyPanel<float>, AddPanel},
-          {kPanelColumns, AddRows<Half>, CopyPanel<Half>, AddPanel}};
+          {kPanelColumns, AddRows<Half>, CopyPanel<Half>, AddPanel},
+          {PortableSum<float>, PortableSquares<float>, Median}};
 }
 
 }  // namespace nmonnx

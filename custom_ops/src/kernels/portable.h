@@ -66,6 +66,38 @@ void PortableApply(const T* x, const uint64_t* bits, size_t count, T* y) {
   for (size_t i = 0; i < count; ++i) y[i] = HasBit(bits, i) ? x[i] : T{0};
 }
 
+constexpr size_t kPartialSums = 16;
+
+inline double AddParts(double* parts) {
+  for (size_t step = kPartialSums / 2; step > 0; step /= 2) {
+    for (size_t i = 0; i < step; ++i) parts[i] += parts[i + step];
+  }
+  return parts[0];
+}
+
+template <class T>
+double PortableSum(const T* x, size_t count) {
+  double parts[kPartialSums] = {};
+  for (size_t k = 0; k < count; ++k) parts[k % kPartialSums] += double{x[k]};
+  return AddParts(parts);
+}
+
+template <class T>
+double PortableSquares(const T* x, size_t count, double mean) {
+  double parts[kPartialSums] = {};
+  for (size_t k = 0; k < count; ++k) parts[k % kPartialSums] += (double{x[k]} - mean) * (double{x[k]} - mean);
+  return AddParts(parts);
+}
+
+// Integers that sort like the values, NaN outside of those of the infinities.
+inline int32_t OrderedKey(float x) {
+  const int32_t bits = static_cast<int32_t>(FloatToBits(x));
+  return bits < 0 ? bits ^ 0x7fffffff : bits;
+}
+inline float OfOrderedKey(int32_t key) { return BitsToFloat(static_cast<uint32_t>(key < 0 ? key ^ 0x7fffffff : key)); }
+constexpr int32_t kHighestKey = 0x7f800000;
+constexpr int32_t kLowestKey = -0x7f800001;
+
 Kernels PortableKernels();
 
 }  // namespace nmonnx

@@ -1,4 +1,4 @@
-// What prune.cc and matmul.cc define once per SIMD target.
+// What prune.cc, moments.cc and matmul.cc define once per SIMD target.
 #pragma once
 
 #include "kernels/dispatch.h"
@@ -11,6 +11,7 @@ namespace nmonnx {
   PruneKernels PruneTable();             \
   MatMulKernels<float> MatMulTableF32(); \
   MatMulKernels<Half> MatMulTableF16();  \
+  MomentKernels MomentTable();           \
   }
 NMONNX_TARGETS(NMONNX_DECLARE)
 #undef NMONNX_DECLARE
