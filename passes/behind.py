@@ -100,6 +100,8 @@ def add_behind(
         note(model, node, made_by, [site])
         return made
 
+    if center is not None and _claims_sizes(old.shape, site.n):  # ONNX Runtime would believe it, even if it is stale
+        model.shapeless.add(old.name)
     product = end.outputs[0]
     if center is None:
         add("Add", [product, addend], old)
@@ -109,6 +111,10 @@ def add_behind(
         add("Cast", [total], old, to=TensorProto.FLOAT16)
     else:
         add("Add", [product, add("Mul", [center, addend])], old)
+
+
+def _claims_sizes(shape: Sequence[int | str] | None, n: int) -> bool:
+    return shape is not None and (not shape or shape[-1] != n or any(isinstance(size, int) for size in shape[:-1]))
 
 
 def _after_codes(site: Site) -> gs.Node | str:

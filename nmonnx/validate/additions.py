@@ -21,10 +21,12 @@ MADE_BY = ("fold-shift", "fold-center")
 
 @dataclass(frozen=True)
 class Addition:
-    """What is added to the output of one layer: `values` [N], or the center of each token times `values`."""
+    """What is added to the output of one layer: `values` [N], or the center of each token times `values`. The sum is
+    the tensor `total`."""
 
     centered: bool
     values: np.ndarray
+    total: str
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def take_off(
             if maker is None or not alone or (parts.center and site not in centers.get(parts.center, ())):
                 continue
             maker.output[list(maker.output).index(parts.product)] = parts.total
-            found[site] = Addition(bool(parts.center), values)
+            found[site] = Addition(bool(parts.center), values, parts.total)
             constants.add(parts.constant)
             for node in nodes:
                 node.domain = _GONE

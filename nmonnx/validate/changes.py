@@ -34,7 +34,7 @@ class Explained:
     replaced  tensors of the original that a declared constant stands for
     added     new constants of ops: declared, or saying what leaving the input out says
     fallbacks functions that say in stock ops what the ops do
-    read      activations; what value_info says of their shapes is a hint that may go
+    read      activations, and sums behind layers; what value_info says of their shapes is a hint that may go
     """
 
     def __init__(self, old: Scopes, new: Scopes, changed: dict[str, tuple[str, str]]) -> None:

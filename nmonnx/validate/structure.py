@@ -160,6 +160,8 @@ class _Structure:
         centered = any(a.name == "center" and a.i for a in node.attribute)
         moved = centered or (values is not None and bool(np.any(values)))
         addition = self.pair.additions.get(claim.name)
+        if addition is not None:
+            self.explained.read.add((claim.scope, addition.total))
         if node.op_type != "NMPrune":
             if addition is not None:
                 yield "something is added behind it though its op adds it already"
