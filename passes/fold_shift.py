@@ -15,7 +15,7 @@ from nmonnx.graph import Model
 from nmonnx.passes.behind import Edit, add_behind, end_of, product_with, settle
 from nmonnx.passes.bodies import INPUTS
 from nmonnx.passes.result import PassResult
-from nmonnx.passes.surgery import Constants, Names, brought_by
+from nmonnx.passes.surgery import Constants, Names, brought_by, remove_dead
 from nmonnx.sites import Site
 
 
@@ -40,7 +40,9 @@ class FoldShift:
         def plan(site: Site, node: gs.Node) -> Edit | str:
             return self._plan(model, names, constants, site, node)
 
-        return PassResult(self.name, *settle(model, sites, lambda node: "shift" in brought_by(node), plan, _drop))
+        return PassResult(
+            self.name, *settle(model, sites, lambda node: "shift" in brought_by(node), plan, partial(_drop, model))
+        )
 
     def _plan(self, model: Model, names: Names, constants: Constants, site: Site, node: gs.Node) -> Edit | str:
         fused = node.op == "NMMatMul"
@@ -81,10 +83,15 @@ class FoldShift:
             add_behind(model, names, site, self.name, addend)
 
 
-def _drop(node: gs.Node) -> None:
-    node.inputs[INPUTS[node.op].index("shift")] = gs.Variable.empty()
+def _drop(model: Model, node: gs.Node) -> None:
+    place = INPUTS[node.op].index("shift")
+    shift = node.inputs[place]
+    node.inputs[place] = gs.Variable.empty()
     while not node.inputs[-1].name:
         node.inputs.pop()
+    if not shift.outputs:
+        del model.declared[shift.name]
+        remove_dead(model, shift.inputs)  # in a function, where it is a node
 
 
 def _shift_of(model: Model, node: gs.Node) -> np.ndarray:

@@ -9,6 +9,8 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 from small_models import model, weights, write
+from test_passes_functions import MODELS as FUNCTIONS
+from test_passes_functions import source_of
 from test_treatment import stats_of
 
 from nmonnx.convert import Conversion, convert
@@ -251,3 +253,20 @@ def test_an_addition_that_was_changed_after_the_conversion_is_seen(tmp_path: Pat
     _tampered(out, how)
     failed = [c for c in validate(source, out, feeds=[]).checks if not c.passed]
     assert failed
+
+
+@pytest.mark.parametrize("kernel", ["fused", "prune"])
+@pytest.mark.parametrize("mitigation", ["s-pts", "d-pts"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_inside_functions_it_is_made_up_for_exactly_when_every_channel_is_kept(
+    tmp_path: Path, name: str, mitigation: str, kernel: str
+) -> None:
+    source = source_of(tmp_path, *FUNCTIONS[name][:2])
+    recipe = Recipe(pattern=Pattern(4, 4), mitigations=(mitigation,), kernel=kernel)
+    out = tmp_path / "out.onnx"
+    convert(source, out, recipe, stats=stats_of(source) if recipe.needs else None)
+    feed = {"x": weights(3, 8, seed=1)} | ({"k": np.ones((), np.float32)} if "k)" in FUNCTIONS[name][0] else {})
+    want = make_session(source).run(None, feed)[0]
+    for library in (True, False):
+        np.testing.assert_allclose(make_session(out, library=library).run(None, feed)[0], want, rtol=1e-4, atol=1e-4)
+    assert [(c.name, c.detail) for c in validate(source, out, feeds=[Feed("x", feed)]).checks if not c.passed] == []
