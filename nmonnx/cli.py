@@ -24,6 +24,7 @@ from nmonnx.commands import (
     gradients,
     inspect,
     sensitivity,
+    sweep,
     validate,
 )
 from nmonnx.errors import NmonnxError
@@ -36,7 +37,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (inspect, calibrate, sensitivity, gradients, convert, validate, evaluate, diff, generate, doctor, demo):
+for command in (
+    inspect,
+    calibrate,
+    sensitivity,
+    gradients,
+    convert,
+    validate,
+    evaluate,
+    sweep,
+    diff,
+    generate,
+    doctor,
+    demo,
+):
     app.command(command.__name__.rpartition(".")[2])(command.command)
 
 

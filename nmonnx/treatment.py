@@ -67,8 +67,9 @@ def plan(
     stats: Stats | None = None,
     sensitivity: Sensitivity | None = None,
     gradients: Gradients | None = None,
+    keep: float | None = None,
 ) -> Plan:
-    """The treatment of every chosen site.
+    """The treatment of every chosen site. An allocation reads `keep` of the weights, by default N / M of the pattern.
 
     Raises UsageError when the recipe needs something that was not given, or an allocation a site that was not seen.
     """
@@ -98,10 +99,10 @@ def plan(
     if recipe.allocate == "forward":
         assert stats is not None and sensitivity is not None
         losses = [forward(group, treatment, stats.of(group[0].name), sensitivity) for group, treatment in made]
-        made = _allocated(recipe, made, losses)
+        made = _allocated(recipe, made, losses, keep)
     if recipe.allocate == "fisher":
         assert gradients is not None
-        made = _allocated(recipe, made, [fisher(group, treatment, gradients) for group, treatment in made])
+        made = _allocated(recipe, made, [fisher(group, treatment, gradients) for group, treatment in made], keep)
     spared: dict[str, Lost] = {}
     for number, (group, treatment) in enumerate(made):
         if stats is not None and treatment.order is not None:
@@ -158,12 +159,13 @@ def _patterns(recipe: Recipe, found: Found) -> dict[str, Pattern]:
 
 
 def _allocated(
-    recipe: Recipe, made: list[tuple[list[Site], Treatment]], losses: Sequence[np.ndarray]
+    recipe: Recipe, made: list[tuple[list[Site], Treatment]], losses: Sequence[np.ndarray], keep: float | None
 ) -> list[tuple[list[Site], Treatment]]:
-    """With an n of its own for each prune, at the weight bytes of the recipe's pattern."""
+    """With an n of its own for each prune, such that `keep` of the weights is read."""
     of_all = recipe.pattern
     choices = [Choice(sum(s.k * s.n for s in group), loss) for (group, _), loss in zip(made, losses, strict=True)]
-    kept = allocate(choices, of_all.n / of_all.m, max(1, of_all.m // _LEAST_SHARE))
+    share = of_all.n / of_all.m if keep is None else keep
+    kept = allocate(choices, share, max(1, of_all.m // _LEAST_SHARE))
     return [
         (group, replace(treatment, pattern=Pattern(n, of_all.m)))
         for (group, treatment), n in zip(made, kept, strict=True)
