@@ -26,7 +26,7 @@ from nmonnx.text import encode, load_tokenizer
 
 CUT = ("--window", 16, "--windows", 2, "--threads", 1)
 FORTY = (
-    *("--patterns", "2:4,4:8,8:16,16:32", "--criteria", "act,amber,wina,var-weight,pcs"),
+    *("--patterns", "2:4,4:8,8:16,16:32", "--criteria", "act,amber,wina,sqrt-wina,amber-code"),
     *("--mitigations", "none,var", "--text", "t.txt", *CUT, "--jobs", 2),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -124,7 +125,8 @@ def command(
         how = protocol(
             model, tokens, output, stats, sensitivity, window, windows, skip_windows, threads or workers.threads()
         )
-        dense, wanted = Job(how, None, output), {label: Job(how, recipe, output) for label, recipe in recipes.items()}
+        dense = Job(how, None, output.absolute())
+        wanted = {label: replace(dense, recipe=recipe) for label, recipe in recipes.items()}
         with (
             workers.open() as pool,
             progress_bar(words, "recipes", disable=quiet or not words.is_terminal) as step,
