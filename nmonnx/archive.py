@@ -21,14 +21,15 @@ _KIND = "nmonnx activation statistics"
 
 
 def write_archive(path: Path, about: dict[str, Any], parts: Sequence[Accumulator]) -> None:
-    """Write under a temporary name, then rename: `about`, which JSON can hold, and the parts. The same content gives
-    the same bytes. Raises ModelError when the disk is full or the folder cannot be written."""
+    """Write under a temporary name, then rename: `about`, which JSON can hold, and the parts, with a copy of one part
+    in memory at a time. The same content gives the same bytes. Raises ModelError when the disk is full or the folder
+    cannot be written."""
     head = {"kind": _KIND, "schema_version": SCHEMA_VERSION, "parts": len(parts), **about}
-    arrays = {"about": np.frombuffer(json.dumps(head).encode(), np.uint8)}
-    for number, part in enumerate(parts):
-        arrays |= {f"{number}.{name}": array for name, array in part.arrays().items()}
-    with staging(path) as staged:
-        np.savez(staged.open(path), **arrays)  # type: ignore[arg-type]
+    with staging(path) as staged, zipfile.ZipFile(staged.open(path), "w") as file:
+        _add(file, "about", np.frombuffer(json.dumps(head).encode(), np.uint8))
+        for number, part in enumerate(parts):
+            for name, array in part.arrays().items():
+                _add(file, f"{number}.{name}", array)
 
 
 def read_archive(path: Path) -> tuple[dict[str, Any], list[Accumulator]]:
@@ -55,3 +56,9 @@ def read_archive(path: Path) -> tuple[dict[str, Any], list[Accumulator]]:
         raise InputError(
             f"{path} holds no activation statistics, or is damaged; write it again with `nmonnx calibrate`"
         ) from e
+
+
+def _add(file: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+    """As numpy.savez does, whose archives hold no time of day either."""
+    with file.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as entry:
+        np.lib.format.write_array(entry, array, allow_pickle=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -42,41 +43,56 @@ def command(
         typer.Option(min=2, help="Tokens to read, at most. [default: the whole text]"),
     ] = None,
     sample: Annotated[int, typer.Option(min=1, help="Tokens whose activations are kept as they are.")] = 512,
+    jobs: Annotated[int, typer.Option(min=1, help="Parts of the text to run at a time; each needs the memory.")] = 1,
+    backend: Annotated[str, typer.Option(help="loky (processes), dask or ray.")] = "loky",
+    scheduler: Annotated[str, typer.Option(help="Address of a running Dask scheduler or Ray cluster.")] = "",
     threads: Threads = 0,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Run MODEL, as exported, over a text and write what its linear layers read: mean, rms, largest, a sample.
 
-    A run that was cut short goes on where it was when it is started again.
+    A run that was cut short goes on where it was when it is started again. With --jobs or a --backend a text is cut
+    into shards of 16 windows, which several processes or machines run; the statistics are the same.
     """
     from nmonnx.calibrate import calibrate
     from nmonnx.graph import load
+    from nmonnx.parallel import Workers
     from nmonnx.progress import progress_bar
+    from nmonnx.shards import calibrate_shards
     from nmonnx.sites import find_sites
     from nmonnx.text import encode, load_tokenizer, read_text
 
     if (text is None) == (not feeds):
         raise UsageError("give a text (--text FILE) or feeds (--feeds FILE), one of them")
+    workers = Workers(backend, jobs, scheduler)
+    if feeds and not workers.alone:
+        raise UsageError("feeds are run one by one; --jobs and --backend are for a text")
     out = output or model.with_name(f"{model.stem}-stats.npz")
     refuse_output(out, ".npz", overwrite, feeds or [])
     sites = find_sites(load(model)).sites
     tokens = encode(load_tokenizer(tokenizer, beside=model), read_text(text)) if text else None
+    parts = out.with_name(f"{out.stem}.parts")
     words = Console(stderr=True)
     with progress_bar(words, "calibrating", disable=quiet or not words.is_terminal) as progress:
-        stats = calibrate(
-            model,
-            tokens,
-            read_feed_files(model, feeds) if feeds else None,
-            window,
-            max_tokens,
-            sample,
-            threads,
-            out.with_name(f"{out.stem}.partial.npz"),
-            progress,
-            label=text.name if text else "",
-        )
+        if tokens is not None and not workers.alone:
+            where = (parts, workers, window, max_tokens, sample, threads, progress)
+            stats = calibrate_shards(model, tokens, *where, label=text.name if text else "")
+        else:
+            stats = calibrate(
+                model,
+                tokens,
+                read_feed_files(model, feeds) if feeds else None,
+                window,
+                max_tokens,
+                sample,
+                threads,
+                out.with_name(f"{out.stem}.partial.npz"),
+                progress,
+                label=text.name if text else "",
+            )
     stats.save(out)
+    shutil.rmtree(parts, ignore_errors=True)
     tell(calibration(out, stats, sites), None, quiet)
 
 
