@@ -97,10 +97,11 @@ class Measured:
     def read(cls, path: Path) -> Measured | None:
         """None when the file is not there or damaged, so that the job runs anew."""
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if data.pop("schema_version") != SCHEMA_VERSION:
                 return None
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+            return cls(**values)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
 
@@ -118,10 +119,11 @@ def protocol(
 ) -> Protocol:
     """The protocol of a sweep; the tokens are stored in `folder`. Raises InputError when a file cannot be read."""
     measured = {"stats": stats, "sensitivity": sensitivity}
-    for kind, path in zip((Stats, Sensitivity), measured.values(), strict=True):
-        if path:
-            kind.load(path)  # a sentence now rather than from every job
-    content = {
+    if stats:
+        Stats.load(stats)  # what is wrong with it is said now, not by every job
+    if sensitivity:
+        Sensitivity.load(sensitivity)
+    content: dict[str, Any] = {
         "version": [nmonnx.__version__, SCHEMA_VERSION],
         "model": [file_sha256(model), load(model).data_stamps()],
         "tokens": array_sha256(tokens),
@@ -129,11 +131,13 @@ def protocol(
         **{name: file_sha256(path) if path else "" for name, path in measured.items()},
     }
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    place = folder / f"tokens-{content['tokens'][:16]}.npy"  # type: ignore[index]
+    place = folder / f"tokens-{content['tokens'][:16]}.npy"
     if not place.exists():
         _publish(place, lambda path: np.save(path, tokens))
-    files = [path.absolute() if path else None for path in (model, place, stats, sensitivity)]
-    return Protocol(*files, window, windows, skip, threads, digest)  # type: ignore[arg-type]
+    own = stats.absolute() if stats else None
+    weighed = sensitivity.absolute() if sensitivity else None
+    cut = (window, windows, skip)
+    return Protocol(model.absolute(), place.absolute(), own, weighed, *cut, threads, digest)
 
 
 def run_jobs(
