@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -73,14 +75,18 @@ class Workers:
                 _start_ray(stack, self)
             count = -1 if self.scheduler else self.jobs
             stack.enter_context(joblib.parallel_config(self.backend, n_jobs=count))
-            yield Pool(count)
+            returns = "list" if self.backend == "ray" else "generator_unordered"  # ray knows lists alone
+            yield Pool(count, returns, os.getpid() if self.backend == "loky" else None)
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Runs jobs with `jobs` of joblib's backend that is active; None: here, one by one."""
+    """Runs jobs with `jobs` of joblib's backend that is active; None: here, one by one. `returns` is how results come,
+    in joblib's words; `parent` the process without which workers end, where they are its children."""
 
     jobs: int | None
+    returns: str = "generator_unordered"
+    parent: int | None = None
 
     def run(self, function: Callable[[_In], _Out], arguments: Sequence[_In]) -> Iterator[_Out]:
         """`function` of each argument, as they are done, in any order. Function, arguments and results are pickled:
@@ -90,13 +96,28 @@ class Pool:
             return
         import joblib
 
-        parallel = joblib.Parallel(n_jobs=self.jobs, batch_size=1, return_as="generator_unordered")
+        parallel = joblib.Parallel(n_jobs=self.jobs, batch_size=1, return_as=self.returns)
+        job = joblib.delayed(_guarded)
         try:
-            yield from parallel(joblib.delayed(function)(argument) for argument in arguments)
+            yield from parallel(job(self.parent, function, argument) for argument in arguments)
         except Exception as e:
             if type(e).__name__ not in ("TerminatedWorkerError", "KilledWorker", "WorkerCrashedError"):
                 raise
             raise RunError("a worker process died (out of memory?); start again with fewer --jobs") from e
+
+
+def _guarded(parent: int | None, function: Callable[[_In], _Out], argument: _In) -> _Out:
+    """Runs in the worker, which ends soon after its parent does: loky's would wait for minutes, with the model."""
+    watch = "nmonnx parent"
+    if parent is not None and all(thread.name != watch for thread in threading.enumerate()):
+        threading.Thread(target=_end_with, args=(parent,), name=watch, daemon=True).start()
+    return function(argument)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _start_dask(stack: ExitStack, workers: Workers) -> None:

@@ -62,7 +62,7 @@ def search(
     """Bisection over the share of weights that is read, from 1/4 to all of it, for the three styles (a recipe but for
     its N and its allocation) that lose least in the grid for what they save. Each step allocates a kept N to each layer
     (`nmonnx.allocate`) by the sensitivity file, and measures that recipe: the answer is within the budget on the
-    text, by measurement. It is the cheapest of the steps and the grid.
+    text, by measurement. It is the cheapest of the steps and the grid. A step that fails counts as beyond the budget.
 
     found    results of the grid, the dense model's among them
     recipes  those of the grid, by their labels

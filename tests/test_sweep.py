@@ -49,6 +49,13 @@ def stamps(folder: Path) -> dict[str, tuple[int, int]]:
     return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in (folder / "results").glob("*.json")}
 
 
+def workers_of(group: int) -> list[str]:
+    """Processes of a group that are not dead."""
+    found = subprocess.run(["ps", "-eo", "pgid=,stat=,pid="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in found.splitlines()]
+    return [pid for pgid, state, pid in rows if int(pgid) == group and not state.startswith("Z")]
+
+
 @pytest.fixture(scope="module")
 def killed(folder: Path) -> tuple[Path, dict[str, tuple[int, int]]]:
     """A sweep over loky that was killed in the middle and started again; what was there when it was killed."""
@@ -62,6 +69,11 @@ def killed(folder: Path) -> tuple[Path, dict[str, tuple[int, int]]]:
     before = stamps(folder / "loky")
     run.send_signal(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
+    for _ in range(50):  # its workers end by themselves
+        if not workers_of(run.pid):
+            break
+        time.sleep(0.2)
+    assert not workers_of(run.pid)
     again = nmonnx("sweep", "model.onnx", *FORTY, "-o", "loky", cwd=folder)
     assert again.returncode == 0, again.stderr
     return folder / "loky", before

@@ -84,12 +84,16 @@ def command(
 ) -> None:
     """Measure a grid of recipes of MODEL on a text: perplexity, loss above dense, weights read; with the Pareto front.
 
-    Every combination of the lists is a recipe; those that cannot be are listed with the reason. Each recipe writes one
-    file in OUTPUT/results: the same command goes on where it was interrupted, and more recipes can be added later.
-    With a budget, allocations of a kept N to each layer by --sensitivity are measured too, until the one that reads the
-    least within the budget is found; OUTPUT/recipe.yaml is that recipe for 'nmonnx convert -c'.
+    Every combination of the lists is a recipe; those that cannot be are listed
+    with the reason. Each recipe writes one file in OUTPUT/results: the same command
+    goes on where it was interrupted, and more recipes can be added later.
 
-    Workers on other machines need the same paths. Results do not depend on the backend, for a fixed --threads.
+    With a budget, kept N's for each layer by --sensitivity are measured too, until
+    the recipe that reads the least within the budget is found; OUTPUT/recipe.yaml
+    is that recipe, for 'nmonnx convert -c'.
+
+    Results do not depend on the backend, for a fixed --threads. Workers on other
+    machines need the same paths.
     """
     from nmonnx.grid import Grid
     from nmonnx.pareto import compare
