@@ -89,7 +89,8 @@ def _slice(op: Op, x: Tensor, *given: Tensor | None) -> Tensor:
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         size = x.shape[axis]
         if step > 0:
-            x = x[(slice(None),) * (axis % x.ndim) + (slice(start, end, step),)]
+            low, high, _ = slice(start, end).indices(size)
+            x = x[(slice(None),) * (axis % x.ndim) + (slice(low, max(low, high), step),)]
         else:
             kept = range(size)[_clamped(start, size) : None if end < -size else end : step]
             x = x.index_select(axis, torch.tensor(list(kept), dtype=torch.int64))
