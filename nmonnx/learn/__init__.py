@@ -10,6 +10,8 @@ try:
 except ImportError as e:
     raise UsageError("learning needs PyTorch; install it with: pip install 'nmonnx[learn]'") from e
 
+from nmonnx.learn.learn import learn
+from nmonnx.learn.settings import LEARNED, REGIMES, Settings
 from nmonnx.learn.torch_graph import TorchGraph
 
-__all__ = ["TorchGraph"]
+__all__ = ["LEARNED", "REGIMES", "Settings", "TorchGraph", "learn"]

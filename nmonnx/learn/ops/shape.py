@@ -83,7 +83,7 @@ def _slice(op: Op, x: Tensor, *given: Tensor | None) -> Tensor:
     listed: list[Any] = [None if t is None else t.reshape(-1).tolist() for t in given]
     if not given:
         listed = [op.get("starts"), op.get("ends"), op.get("axes")]
-    starts, ends, axes, steps = (listed + [None, None])[:4]
+    starts, ends, axes, steps = [*listed, None, None][:4]
     axes = list(range(len(starts))) if axes is None else axes
     steps = [1] * len(starts) if steps is None else steps
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
