@@ -181,12 +181,12 @@ def test_what_does_not_help_is_refused_with_the_figures(decoder, tokens):
 @pytest.mark.parametrize("regime", ["by-layers", "end-to-end"])
 def test_a_run_that_was_cut_short_goes_on(decoder, tokens, tmp_path, regime):
     recipe, treated = _plan(decoder)
-    settings = replace(QUICK, regime=regime)
+    settings = replace(QUICK, regime=regime, epochs=3)
     whole = learn(decoder, recipe, treated, tokens, settings, learned=["ls"])
     again = learn(decoder, recipe, treated, tokens, settings, learned=["ls"])
 
     def stop(done, total):
-        if done == (1 if regime == "by-layers" else 32):
+        if done == (1 if regime == "by-layers" else 40):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -25,10 +25,10 @@ def learn_end_to_end(task: Task, progress: Step) -> tuple[dict[str, Correction],
     before = state["before"] if state else _mean(task, held)
 
     def after(done: int, optimiser: torch.optim.Optimizer) -> None:
-        progress(done, total)
         if done % _SAVE_EVERY == 0 and done % task.settings.accumulate == 0:
             values = task.start_of(task.chosen)
             task.save({"done": done, "before": before, "values": values, "optimiser": optimiser.state_dict()})
+        progress(done, total)
 
     def begin(optimiser: torch.optim.Optimizer) -> int:
         if not state:
