@@ -29,8 +29,7 @@ class Block:
 def find_blocks(graph: TorchGraph, found: Found, chosen: Sequence[Site], logits: str) -> list[Block]:
     """The blocks of the graph in order. A tensor's depth is the last block that it depends on, counted from 1; a block
     reads the tensors that are not as deep as itself and that something as deep reads."""
-    numbers: list[int | None] = sorted({s.block for s in found.sites if s.block is not None})
-    numbers.append(None)
+    numbers = [*sorted({s.block for s in found.sites if s.block is not None}), None]
     depth = _depths(graph, found, numbers)
     blocks = []
     for at, number in enumerate(numbers):
@@ -56,7 +55,7 @@ def _depths(graph: TorchGraph, found: Found, numbers: Sequence[int | None]) -> d
 
 def _cut(graph: TorchGraph, depth: dict[str, int], below: int) -> tuple[str, ...]:
     """Tensors of depth 1 to `below` that something deeper reads, in the order of the graph."""
-    read = {}
+    read: dict[str, None] = {}
     for op in graph.ops:
         if max((depth[name] for name in op.outputs if name), default=0) > below:
             read.update({name: None for name in op.inputs if 1 <= depth.get(name, 0) <= below})

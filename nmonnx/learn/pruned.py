@@ -22,6 +22,13 @@ class Pruned(nn.Module):
     Products are computed in bfloat16 if `half`.
     """
 
+    shift: Tensor | None
+    weight: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+    low_a: Tensor | None
+    low_b: Tensor | None
+
     def __init__(
         self,
         treatment: Treatment,
@@ -34,7 +41,7 @@ class Pruned(nn.Module):
         super().__init__()
         start = start or Correction()
         self._treatment, self._through, self._half = treatment, through, half
-        self._scale = _tensor(treatment.scale)
+        self._c = _tensor(treatment.scale)
         self._order = None if treatment.order is None else torch.from_numpy(np.array(treatment.order, np.int64))
         k, n = weight.shape
         shift = start.shift if start.shift is not None else treatment.shift
@@ -55,18 +62,19 @@ class Pruned(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = x if self.shift is None else x - self.shift
-        mask = keep_mask(z, self._treatment.pattern.n, self._treatment.pattern.m, self._scale, self._order)
+        mask = keep_mask(z, self._treatment.pattern.n, self._treatment.pattern.m, self._c, self._order)
         kept = z * mask
         if self._treatment.variance:
             kept = kept * variance_ratio(z, kept)
         if self._through:
             kept = z + (kept - z).detach()
-        weight = self.weight if self.low_a is None else self.weight - self.low_a @ self.low_b
+        low = None if self.low_a is None or self.low_b is None else (self.low_a, self.low_b)
+        weight = self.weight if low is None else self.weight - low[0] @ low[1]
         y = self._product(kept, weight)
         if self.shift is not None:
             y = y + self.shift @ weight
         y = y if self.scale is None else y * self.scale
-        y = y if self.low_a is None else y + x @ self.low_a @ self.low_b
+        y = y if low is None else y + x @ low[0] @ low[1]
         return y if self.bias is None else y + self.bias
 
     def correction(self) -> Correction:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -61,7 +63,7 @@ def _clip(op: Op, x: Tensor, low: Tensor | None = None, high: Tensor | None = No
     return x if high is None else torch.minimum(x, torch.as_tensor(high, dtype=x.dtype))
 
 
-def _many(combine: Run) -> Run:
+def _many(combine: Callable[[Tensor, Tensor], Tensor]) -> Run:
     def run(op: Op, first: Tensor, *others: Tensor) -> Tensor:
         for other in others:
             first = combine(first, other)
@@ -78,7 +80,7 @@ def _binary(function: Run) -> Run:
     return lambda op, a, b: function(a, b)
 
 
-def _reduce(function: Run) -> Run:
+def _reduce(function: Callable[[Tensor, list[int], bool], Tensor]) -> Run:
     def run(op: Op, x: Tensor, axes: Tensor | None = None) -> Tensor:
         given = op.get("axes") if axes is None else axes.tolist()
         if not given and op.get("noop_with_empty_axes", 0):

@@ -31,15 +31,15 @@ def _matmul_bnb4(op: Op, x: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
 def _dequantize(op: Op, codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
     axis, block = op.get("axis", 1), op.get("block_size", 0)
     values = codes.to(scale.dtype)
-    scale, zero = (_spread(t, values, axis, block) for t in (scale, zero))
-    assert scale is not None
-    return (values if zero is None else values - zero.to(values.dtype)) * scale
+    if zero is not None:
+        values = values - _spread(zero, values, axis, block).to(values.dtype)
+    return values * _spread(scale, values, axis, block)
 
 
-def _spread(per: Tensor | None, values: Tensor, axis: int, block: int) -> Tensor | None:
+def _spread(per: Tensor, values: Tensor, axis: int, block: int) -> Tensor:
     """A number for all, one for each place along `axis`, or one for each block along it, against `values`."""
-    if per is None or per.numel() == 1:
-        return None if per is None else per.reshape(())
+    if per.numel() == 1:
+        return per.reshape(())
     if block:
         return per.repeat_interleave(block, axis).narrow(axis, 0, values.shape[axis])
     shape = [1] * values.ndim
