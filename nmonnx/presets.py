@@ -12,11 +12,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper-best": {"include": ["k", "v", "gate", "down"]},
     "paper-kogd": {"include": ["k", "o", "gate", "down"]},
     "amber": {"criterion": "amber", "include": ["q", "gate", "down"]},
+    "teal": {"pattern": "50%", "scope": "threshold"},
+    "chess": {"pattern": "50%", "criterion": "wina", "scope": "threshold"},
     "best": {"criterion": "sqrt-wina", "share": "separate", "order": "swap", "allocate": "forward"},
 }
 """The paper is arXiv 2509.22166: all linear layers of every block (Table 6); the choice for Qwen2.5; the two of
-Table 5. amber: what arXiv 2508.02128 prunes, but for the blocks that it lists for each model. best: what we tell users
-to take; it needs `nmonnx calibrate` and `nmonnx sensitivity`."""
+Table 5. amber: what arXiv 2508.02128 prunes, but for the blocks that it lists for each model. teal and chess: the
+thresholds of arXiv 2408.14690 and of CHESS (EMNLP 2024) on all layers, with one share everywhere. best: what we tell
+users to take; it needs `nmonnx calibrate` and `nmonnx sensitivity`."""
 
 
 def preset_named(name: str) -> dict[str, Any]:

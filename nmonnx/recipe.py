@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from nmonnx.criteria import CALIBRATED, CRITERIA
+from nmonnx.emulated import DYNAMIC, SCOPES, emulated_op
 from nmonnx.errors import InputError, UsageError
-from nmonnx.pattern import Pattern
+from nmonnx.pattern import Pattern, Share
 from nmonnx.shifts import CENTERS, SHIFTS
 
 KERNELS = ("auto", "prune", "fused")
@@ -25,7 +26,8 @@ SCHEMA_VERSION = 1
 
 
 _WORDS = {
-    "criterion": tuple(CRITERIA),
+    "criterion": (*CRITERIA, *DYNAMIC),
+    "scope": SCOPES,
     "share": SHARES,
     "order": ORDERS,
     "allocate": ALLOCATIONS,
@@ -36,12 +38,14 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """pattern   keep n of every m input channels of each chosen linear layer
+    """pattern   keep n of every m input channels of each chosen linear layer, or a share of them
     include   selectors of the layers to prune; empty: every one but lm_head
     exclude   selectors of layers to leave dense
     lm_head   prune lm_head too
     criterion what makes a channel worth keeping, see `nmonnx.criteria`; or the path of an .npz with a vector [K] for
-              each layer
+              each layer; "clact" and "anti" are no constant factor of the score, see `nmonnx.emulated`
+    scope     how a share is kept: "token": the best channels of each token; "call": the best elements of all tokens of
+              a call; "threshold": what scores above a calibrated threshold of the layer (TEAL; with "wina" CHESS)
     share     "joint": layers that read one activation share one prune, with a joint criterion; "separate": one each
     order     "deal": cut the groups of each layer along its channels dealt by calibrated rms; "swap": the same, then
               channels that are wanted in the same tokens are parted; "none": as they lie
@@ -63,6 +67,7 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     lm_head: bool = False
     criterion: str = "act"
+    scope: str = "token"
     share: str = "joint"
     order: str = "none"
     mitigations: tuple[str, ...] = ()
@@ -84,6 +89,9 @@ class Recipe:
         if self.patterns and self.allocate != "uniform":
             raise UsageError("patterns for single layers and an allocation exclude each other; give one of them")
 
+        if self.emulated:
+            self._refuse_without_kernel()
+
     def _refuse_two_shifts(self) -> None:
         fixed, own = ([m for m in self.mitigations if m in known] for known in (SHIFTS, CENTERS))
         if fixed and own:
@@ -98,9 +106,42 @@ class Recipe:
             )
 
     @property
+    def emulated(self) -> str:
+        """The op of `nmonnx.emulated` that prunes, "" where the kernels do. Raises UsageError for what there is not."""
+        shares = {isinstance(pattern, Share) for pattern in (self.pattern, *(p for _, p in self.patterns))}
+        if len(shares) > 1:
+            raise UsageError("patterns mix N:M and shares kept; convert with one kind")
+        share = shares.pop()
+        if self.scope != "token" and not share:
+            raise UsageError(f"scope {self.scope!r} is how a share is kept, but {self.pattern} is N:M; write 50%")
+        op = emulated_op(self.criterion, share, self.scope)
+        if self.criterion in DYNAMIC and not op:
+            raise UsageError(f"criterion {self.criterion!r} has no threshold; take scope token or call")
+        return op
+
+    def _refuse_without_kernel(self) -> None:
+        """Refuse what the ops of stock operators do not do. Raises UsageError."""
+        what = f"pattern {self.pattern} with criterion {self.criterion} has no kernel, it is made of stock operators"
+        if self.mitigations:
+            raise UsageError(f"{what}: no mitigations")
+        if self.kernel == "fused":
+            raise UsageError(f"{what}: kernel fused cannot be")
+        if self.allocate != "uniform":
+            raise UsageError(f"{what}: no allocation")
+        if self.order != "none":
+            raise UsageError(f"{what}: an order of the channels cannot be or does not matter")
+        if self.scope == "threshold" and any(p.n == p.m for p in (self.pattern, *(p for _, p in self.patterns))):
+            raise UsageError("a threshold that keeps 100% is none; take less")
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """What must be measured on the model first: "stats", "sensitivity", "gradients"."""
-        stats = self.order != "none" or self.allocate == "forward" or self.criterion in CALIBRATED
+        stats = (
+            self.scope == "threshold"
+            or self.order != "none"
+            or self.allocate == "forward"
+            or self.criterion in CALIBRATED
+        )
         stats = stats or bool(set(SHIFTS) & set(self.mitigations))
         gradients = self.allocate == "fisher" or self.criterion == "grad"
         return ("stats",) * stats + ("sensitivity",) * (self.allocate == "forward") + ("gradients",) * gradients

@@ -16,7 +16,7 @@ import nmonnx
 from nmonnx.convert import rewrite
 from nmonnx.decoder import Decoder
 from nmonnx.digest import file_sha256
-from nmonnx.errors import ModelError, RunError
+from nmonnx.errors import ModelError, RunError, UsageError
 from nmonnx.feeds.sample import explain
 from nmonnx.graph import DOMAIN, Model
 from nmonnx.metrics import log_softmax
@@ -55,6 +55,8 @@ def measure(
     Raises what `convert` raises for the recipe, InputError for a text or a model that cannot be scored, ModelError
     when the model does not load, RunError when it fails or gives NaN.
     """
+    if recipe.emulated:
+        raise UsageError(f"sensitivity is measured by NMPrune, which does not do {recipe.pattern}; give N:M")
     model, done = rewrite(model_path, replace(recipe, kernel="prune"))
     switched = _Switched(model)
     decoder = switched.decoder((), threads)

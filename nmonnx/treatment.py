@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +11,11 @@ import numpy as np
 
 from nmonnx.allocate import Choice, allocate
 from nmonnx.criteria import Layer, channel_scale, normalised
+from nmonnx.emulated import DYNAMIC, threshold_of
 from nmonnx.errors import InputError, Unseen, UsageError
 from nmonnx.expected import fisher, forward
 from nmonnx.grouping import Lost, deal, lost, swap
-from nmonnx.pattern import Pattern
+from nmonnx.pattern import Pattern, Share
 from nmonnx.recipe import Recipe
 from nmonnx.reference import Center, scores
 from nmonnx.shifts import CENTERS, SHIFTS
@@ -33,7 +34,8 @@ _LEAST_SHARE = 4
 class Treatment:
     """The constants of one prune, as in the op contract: `scale` [K] and `shift` [K] or [1], float32, and `order` [K],
     int64; None where neutral. `variance`: the op restores the variance of each token (VAR), `center`: it moves each
-    token by a number of its own (D-PTS)."""
+    token by a number of its own (D-PTS). `threshold` [1], float32: what the kept ones score above, of the ops that have
+    one."""
 
     pattern: Pattern
     scale: np.ndarray | None = None
@@ -41,10 +43,11 @@ class Treatment:
     order: np.ndarray | None = None
     variance: bool = False
     center: Center | None = None
+    threshold: np.ndarray | None = None
 
     def constants(self) -> dict[str, np.ndarray]:
         """The op's inputs, by name."""
-        given = {"scale": self.scale, "shift": self.shift, "order": self.order}
+        given = {"scale": self.scale, "shift": self.shift, "order": self.order, "threshold": self.threshold}
         return {name: values for name, values in given.items() if values is not None}
 
 
@@ -89,12 +92,15 @@ def plan(
             seen = stats.of(group[0].name) if stats is not None and "stats" in recipe.needs else None
             slopes = gradients if recipe.criterion == "grad" else None
             layers = (Layer.of(site, seen, slopes.of(site.name) if slopes else None) for site in group)
-            scale = custom.of(group) if custom else channel_scale(recipe.criterion, layers)
+            scale = custom.of(group) if custom else _scale(recipe.criterion, layers)
         except (InputError, Unseen) as e:
             reason = f"no statistics, {e.reason}" if isinstance(e, Unseen) else str(e)
+            if recipe.scope == "threshold":
+                raise UsageError(f"layer {group[0].name!r} gets no threshold: {reason}; leave it out") from e
             plain.update({site.name: reason for site in group})
         else:
             treatment = _calibrated(recipe, replace(treatment, scale=scale), seen)
+        _refuse_nothing_kept(recipe, group[0], treatment.pattern)
         made.append((group, treatment))
     if recipe.allocate == "forward":
         assert stats is not None and sensitivity is not None
@@ -125,14 +131,28 @@ def share(sites: Sequence[Site], how: str, patterns: Mapping[str, Pattern]) -> l
     return list(groups.values())
 
 
+def _scale(criterion: str, layers: Iterable[Layer]) -> np.ndarray | None:
+    return None if criterion in DYNAMIC else channel_scale(criterion, layers)
+
+
+def _refuse_nothing_kept(recipe: Recipe, site: Site, pattern: Pattern) -> None:
+    if isinstance(pattern, Share) and recipe.scope == "token" and site.k * pattern.n < pattern.m:
+        raise UsageError(f"{pattern} of the {site.k} channels of layer {site.name!r} is none; keep a larger share")
+
+
 def _calibrated(recipe: Recipe, treatment: Treatment, seen: Seen | None) -> Treatment:
-    """With the shift and the order that the recipe asks for."""
+    """With the shift, the order and the threshold that the recipe asks for."""
     shift = next((m for m in recipe.mitigations if m in SHIFTS), None)
     if seen is not None and shift:
         treatment = replace(treatment, shift=SHIFTS[shift](seen))
     if seen is not None and recipe.order != "none":
         strength = seen.rms * (1 if treatment.scale is None else treatment.scale)
         treatment = replace(treatment, order=deal(strength, treatment.pattern.m))
+    if seen is not None and recipe.scope == "threshold":
+        if not seen.sample.size:
+            raise UsageError("the statistics hold no sample of the activations; calibrate on a longer text")
+        bound = threshold_of(seen.sample, treatment.scale, treatment.pattern.n, treatment.pattern.m)
+        treatment = replace(treatment, threshold=bound)
     return treatment
 
 

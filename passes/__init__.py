@@ -11,6 +11,7 @@ from typing import Protocol
 
 from nmonnx.graph import Model
 from nmonnx.passes.emit_functions import EmitFunctions
+from nmonnx.passes.emulate_prune import EmulatePrune
 from nmonnx.passes.fold_center import FoldCenter
 from nmonnx.passes.fold_shift import FoldShift
 from nmonnx.passes.fuse_matmul import FuseMatMul
@@ -23,6 +24,7 @@ from nmonnx.treatment import Plan
 
 __all__ = [
     "EmitFunctions",
+    "EmulatePrune",
     "FoldCenter",
     "FoldShift",
     "FuseMatMul",
@@ -51,9 +53,10 @@ class Pass(Protocol):
 def pipeline(recipe: Recipe, plan: Plan, left: Sequence[Skipped] = ()) -> tuple[Pass, ...]:
     """What `convert` runs, in order. `plan` says how each layer is pruned; `left` are the linear layers that stay
     dense, for the record."""
+    op = recipe.emulated
     return (
-        InsertPrune(plan.treatments),
-        FuseMatMul(recipe.kernel),
+        EmulatePrune(op, plan.treatments) if op else InsertPrune(plan.treatments),
+        FuseMatMul("prune" if op else recipe.kernel),
         FoldShift(),
         FoldCenter(),
         EmitFunctions(recipe.fallback),

@@ -76,7 +76,11 @@ class EmitFunctions:
 
 def _custom_nodes(model: Model) -> Iterator[tuple[str, gs.Node]]:
     for scope, graph in model.scopes():
-        yield from ((scope, node) for node in graph.nodes if node.domain == DOMAIN)
+        yield from ((scope, node) for node in graph.nodes if _has_kernel(node))
+
+
+def _has_kernel(node: gs.Node) -> bool:
+    return node.domain == DOMAIN and node.op in INPUTS
 
 
 def _complete_inputs(model: Model, sites: Sequence[Site], wanted: set[str]) -> None:

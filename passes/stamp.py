@@ -13,6 +13,7 @@ from nmonnx.digest import file_sha256
 from nmonnx.graph import Model
 from nmonnx.passes.result import PassResult
 from nmonnx.passes.surgery import nodes_of_sites
+from nmonnx.pattern import pattern_text
 from nmonnx.recipe import Recipe
 from nmonnx.sites import Site, Skipped
 
@@ -58,7 +59,7 @@ def _pruned(model: Model, site: Site, node: gs.Node) -> dict[str, object]:
         "k": site.k,
         "n": site.n,
         "status": "pruned",
-        "pattern": f"{node.attrs['keep']}:{node.attrs['group']}",
+        "pattern": pattern_text(node.attrs["keep"], node.attrs["group"]),
         "kernel": node.op,
         "activation": site.activation.name,
         "output": node.outputs[0].name if node.op == "NMMatMul" else model.origin[id(site.node)].output[0],

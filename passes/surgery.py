@@ -60,7 +60,7 @@ class Constants:
 
 def brought_by(node: gs.Node) -> list[str]:
     """Names of the optional inputs that a custom op has."""
-    pairs = zip(INPUTS[node.op], node.inputs, strict=False)
+    pairs = zip(INPUTS.get(node.op, ()), node.inputs, strict=False)
     return [name for name, tensor in pairs if name not in ("x", "W") and tensor.name]
 
 

@@ -12,6 +12,7 @@ import typer
 
 from nmonnx.commands.options import Exclude, Include, ModelPath, Overwrite, Quiet, ReportPath, Verbose, tell
 from nmonnx.errors import UsageError
+from nmonnx.pattern import Pattern
 from nmonnx.presets import PRESETS, preset_named
 from nmonnx.report import Report, check_format, table
 
@@ -26,7 +27,9 @@ def command(
     model: ModelPath,
     pattern: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--pattern", "-p", help="N:M, keep N of every M input channels. [default: 8:16]"),
+        typer.Option(
+            "--pattern", "-p", help="N:M, keep N of every M input channels; or a share kept, 50%. [default: 8:16]"
+        ),
     ] = None,
     output: Annotated[
         Optional[Path],  # noqa: UP045
@@ -39,8 +42,13 @@ def command(
         Optional[str],  # noqa: UP045
         typer.Option(
             help="What makes a channel worth keeping: act, wina, sqrt-wina, amber, amber-code, var-weight,"
-            " clact-static, pcs, grad, random, or the path of an .npz with a vector for each layer. [default: act]"
+            " clact-static, pcs, grad, random, clact, anti, or the path of an .npz with a vector for"
+            " each layer. [default: act]"
         ),
+    ] = None,
+    scope: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="How a share is kept: by token, by call, or by a calibrated threshold. [default: token]"),
     ] = None,
     share: Annotated[
         Optional[str],  # noqa: UP045
@@ -115,6 +123,7 @@ def command(
         "exclude": exclude,
         "lm_head": lm_head or None,
         "criterion": criterion,
+        "scope": scope,
         "share": share,
         "order": order,
         "mitigations": mitigation,
@@ -126,7 +135,7 @@ def command(
     flags = {**preset_named(preset), **given} if preset else given
     recipe = Recipe.read(config, flags) if config else Recipe.from_dict(flags, "convert")
     if output is None:
-        output = model.with_name(f"{model.stem}-{str(recipe.pattern).replace(':', 'x')}.onnx")
+        output = model.with_name(f"{model.stem}-{str(recipe.pattern).replace(':', 'x').replace('%', 'pct')}.onnx")
     if output.suffix != ".onnx":
         raise UsageError(f"--output {output}: the name must end in .onnx")
     measured = _measured(stats, sensitivity, gradients)
@@ -185,6 +194,10 @@ def conversion(done: Conversion, verbose: bool = False) -> Report:
 def _how_chosen(done: Conversion, pruned: list[dict[str, Any]]) -> list[str]:
     """What differs from plain magnitude at one pattern."""
     recipe, words = done.recipe, []
+    if recipe.emulated:
+        words.append(f"No kernel: {recipe.emulated} is made of stock operators, for research; it saves no time.")
+    if recipe.scope != "token":
+        words.append(f"The share is kept by {recipe.scope}.")
     if recipe.criterion != "act":
         words.append(f"Criterion {recipe.criterion}, {recipe.share} for the layers of one activation.")
     if recipe.mitigations:
@@ -197,8 +210,9 @@ def _how_chosen(done: Conversion, pruned: list[dict[str, Any]]) -> list[str]:
     patterns = Counter(r["pattern"] for r in pruned)
     if len(patterns) > 1:
         weights = sum(r["k"] * r["n"] for r in pruned)
-        read = sum(r["k"] * r["n"] * int(r["pattern"].split(":")[0]) / int(r["pattern"].split(":")[1]) for r in pruned)
-        each = ", ".join(f"{p} ({c})" for p, c in sorted(patterns.items(), key=lambda i: int(i[0].split(":")[0])))
+        kept = {text: Pattern.parse(text) for text in patterns}
+        read = sum(r["k"] * r["n"] * kept[r["pattern"]].n / kept[r["pattern"]].m for r in pruned)
+        each = ", ".join(f"{p} ({c})" for p, c in sorted(patterns.items(), key=lambda i: kept[i[0]].n))
         words.append(f"Patterns: {each}; {100 * read / weights:.1f} % of the weights are read.")
     plain = Counter(done.plan.plain.values())
     words += [f"By plain magnitude: {_times(n)}: {why}." for why, n in plain.items()]

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper
 
+from nmonnx.emulated import OPS, select
 from nmonnx.feeds.sample import explain
 from nmonnx.graph import DOMAIN
-from nmonnx.passes.bodies import CENTER_VALUES, INPUTS
+from nmonnx.passes.bodies import CENTER_VALUES
+from nmonnx.pattern import MAX_GROUP
 from nmonnx.reference import Center, center_of, prune, prune_matmul
 from nmonnx.sites import Site
-from nmonnx.validate.pair import Pair
+from nmonnx.validate.pair import SLOTS, Pair
 from nmonnx.validate.result import Check, counted
 from nmonnx.validate.structure import sites_of
 
@@ -26,6 +28,9 @@ _DTYPES: dict[int, type] = {
 
 _GROUPS, _ROWS, _COLUMNS = 3, 32, 4
 """Whole groups and rows of the activation, and columns of the weight, that a function is tried on."""
+
+_CHANNELS = 100
+"""Channels of an activation of which a share is kept."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ def _uses(pair: Pair, sites: Sequence[Site]) -> Iterator[_Use]:
             options = {a.name: a.i for a in node.attribute}
             keep, group = options.get("keep", 0), options.get("group", 0)
             if node.domain == DOMAIN and site is not None and site.elem in _DTYPES and 0 < keep <= group:
-                given = zip(INPUTS.get(node.op_type, ()), node.input, strict=False)
+                given = zip(SLOTS.get(node.op_type, ()), node.input, strict=False)
                 brought = tuple(slot for slot, name in given if name)
                 asked = (options.get("variance"), options.get("center"), len(node.output))
                 yield _Use(node.op_type, keep, group, site.k % group, site.elem, brought, *asked)
@@ -90,7 +95,7 @@ def _arrays(use: _Use) -> dict[str, np.ndarray]:
     """Values for every input that is given: ties, zeros of both signs and, where no product spreads them, NaN and
     Inf; a scale and a shift that float16 can express, so that nothing is rounded."""
     rng = np.random.default_rng(0)
-    dtype, k = _DTYPES[use.elem], _GROUPS * use.group + use.tail
+    dtype, k = _DTYPES[use.elem], _CHANNELS if use.group > MAX_GROUP else _GROUPS * use.group + use.tail
     x: np.ndarray = rng.integers(-8, 9, (_ROWS, k)).astype(dtype)
     x[1], x[2, ::2], x[3] = 0, -0.0, -1
     if use.op == "NMPrune":
@@ -103,6 +108,7 @@ def _arrays(use: _Use) -> dict[str, np.ndarray]:
         "shift": rng.integers(-2, 3, k).astype(np.float32),
         "order": rng.permutation(k),
         "row_sum": rng.integers(-8, 9, _COLUMNS).astype(np.float32),
+        "threshold": np.array([2.0], np.float32),
     }
     return {slot: values[slot] for slot in use.brought}
 
@@ -111,7 +117,7 @@ def _trial(model: ModelProto, function: FunctionProto, use: _Use, arrays: dict[s
     """A model of one node that calls the function."""
     names = ["y", "center"][: use.ends]
     node = NodeProto(op_type=use.op, domain=DOMAIN, name=use.op, output=names)
-    node.input.extend(slot if slot in arrays else "" for slot in INPUTS.get(use.op, ())[: len(function.input)])
+    node.input.extend(slot if slot in arrays else "" for slot in SLOTS.get(use.op, ())[: len(function.input)])
     node.attribute.extend([helper.make_attribute("keep", use.keep), helper.make_attribute("group", use.group)])
     asked = {"variance": use.variance, "center": use.center}
     node.attribute.extend(helper.make_attribute(name, value) for name, value in asked.items() if value is not None)
@@ -149,6 +155,8 @@ def _wanted(feed: dict[str, np.ndarray], use: _Use) -> list[np.ndarray]:
     criterion: dict[str, Any] = {slot: feed.get(slot) for slot in ("scale", "shift", "order")}
     criterion |= {"variance": bool(use.variance), "center": use.about}
     x, dtype = feed["x"], feed["x"].dtype
+    if use.op in OPS:
+        return [select(use.op, x, use.keep, use.group, feed.get("scale"), feed.get("threshold"))]
     if use.op == "NMPrune":
         center = center_of(x, use.about, feed.get("shift")) if use.about else np.zeros((len(x), 1))
         return [prune(x, use.keep, use.group, **criterion), center.astype(dtype)]

@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from onnx import ModelProto, NodeProto, numpy_helper
 
+from nmonnx.emulated import OPS
 from nmonnx.passes.bodies import INPUTS
 from nmonnx.tensors import TensorReader
 from nmonnx.validate.additions import Addition, take_off
 from nmonnx.validate.claims import Claim, Claims
 from nmonnx.validate.scopes import Key, Scopes, Trail
+
+SLOTS = {**INPUTS, **{name: op.inputs for name, op in OPS.items()}}
+"""Inputs of the custom ops and of those made of stock operators."""
 
 
 @dataclass
@@ -54,7 +58,7 @@ class Pair:
     def inputs_of(self, scope: str, node: NodeProto) -> dict[str, Key]:
         """The inputs of a custom op of the converted model by their meaning, those left out are not there."""
         keys = {}
-        for name, slot in zip(node.input, INPUTS.get(node.op_type, ()), strict=False):
+        for name, slot in zip(node.input, SLOTS.get(node.op_type, ()), strict=False):
             key = self.new.find(scope, name) if name else None
             if key:
                 keys[slot] = key

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto
 
+from nmonnx.emulated import OPS, select
 from nmonnx.passes.bodies import CENTER_VALUES
 from nmonnx.pattern import Pattern
 from nmonnx.reference import Center, center_of, prune
@@ -18,8 +19,9 @@ from nmonnx.validate.pair import Pair
 
 @dataclass(eq=False)
 class Probe:
-    """One layer, and sums over what was seen of it. `before` are rows of the original's activation, `after` pairs of
-    rows of the converted model's activation and output. `options` are the op's inputs beside x and W; those that are no
+    """One layer, and sums over what was seen of it. `before` are rows of the original's activation, `chosen` what
+    is kept of them where that depends on the whole call, `after` pairs of rows
+    of the converted model's activation and output. `options` are the op's inputs beside x and W; those that are no
     stored values, but `computed` by nodes such as a Cast, are fetched by tensor name in each run. `own_bias` is what a
     folded bias stands for in the original; `misfold` how far the folded one is from what it should be, `missum` the
     same of what the rows of the weight add up to. `addition` is added behind the layer."""
@@ -44,6 +46,7 @@ class Probe:
     drift: float = 0.0
     compares_outputs: bool = False
     before: list[np.ndarray] = field(default_factory=list)
+    chosen: list[np.ndarray] = field(default_factory=list)
     after: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     error: float | None = None
     excess: float | None = None
@@ -78,8 +81,11 @@ class Probe:
 
     def select(self, x: np.ndarray, variance: bool = False) -> np.ndarray:
         """The kept values of x - shift - center."""
+        n, m = self.pattern.n, self.pattern.m
+        if self.claim.kernel in OPS:
+            return select(self.claim.kernel, x, n, m, self.options.get("scale"), self.options.get("threshold"))
         criterion: dict[str, Any] = {slot: self.options.get(slot) for slot in ("scale", "shift", "order")}
-        return prune(x, self.pattern.n, self.pattern.m, **criterion, variance=variance, center=self.center)
+        return prune(x, n, m, **criterion, variance=variance, center=self.center)
 
     def prune(self, x: np.ndarray) -> np.ndarray:
         """What the op makes of x."""

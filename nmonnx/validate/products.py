@@ -41,7 +41,8 @@ def multiply(probe: Probe, site: Site | None) -> None:
         probe.missum = _missum(probe, site.alpha * weight)
     x = np.concatenate(probe.before)[:ROWS].astype(np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
-        products = ((x - probe.computes_with(x)) @ weight, x @ weight)
+        pruned = np.concatenate(probe.chosen)[:ROWS] if probe.chosen else probe.computes_with(x)
+        products = ((x - pruned) @ weight, x @ weight)
         lost, whole = (np.linalg.norm(rows.astype(np.float64)) for rows in products)
     probe.error = relative(float(lost), float(whole))
     if probe.fused:

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from nmonnx.emulated import OPS
 from nmonnx.feeds import Feed
 from nmonnx.metrics import relative
-from nmonnx.pattern import Pattern
+from nmonnx.pattern import Pattern, Share
 from nmonnx.sites import Site
 from nmonnx.taps import Tapped
 from nmonnx.validate.pair import Pair
@@ -62,6 +63,8 @@ def _see(probe: Probe, before: Mapping[str, np.ndarray], after: Mapping[str, np.
     probe.energy += _square(probe.moved(x))
     probe.kept += _square(kept)
     probe.before.append(_sample(x))
+    if claim.kernel in OPS:
+        probe.chosen.append(_sample(kept))
     _see_outputs(probe, before[claim.output], after[claim.output])
     _see_op(probe, after)
 
@@ -87,6 +90,8 @@ def _see_op(probe: Probe, after: Mapping[str, np.ndarray]) -> None:
         return
     alike = close(got, want) if probe.variance else same(got, want)
     probe.wrong_values += int((~alike).sum())
+    if isinstance(probe.pattern, Share) or probe.claim.kernel == "NMAnti":  # which keeps zeros first
+        return
     order, z = probe.options.get("order"), probe.moved(x)
     probe.wrong_groups += _wrong_groups(
         z if order is None else z[:, order], got if order is None else got[:, order], probe.pattern

@@ -11,7 +11,9 @@ from onnx import NodeProto, TensorProto
 from nmonnx.diff.compare import Comparison, label
 from nmonnx.diff.edits import Edit
 from nmonnx.digest import array_sha256
+from nmonnx.emulated import OPS
 from nmonnx.graph import DOMAIN
+from nmonnx.pattern import pattern_text
 from nmonnx.tensors import TensorReader
 from nmonnx.validate.changes import Explained, unexplained
 from nmonnx.validate.claims import Claim, Claims
@@ -142,7 +144,7 @@ class _Structure:
             yield said.get(after.ops, f"the paths from its activation pass {sorted(after.ops)} ops")
         start = self.pair.new.find(claim.scope, claim.activation)
         source = self.pair.new.maker(start) if start else None
-        if source is not None and (source.domain, source.op_type) == (DOMAIN, "NMPrune"):
+        if source is not None and source.domain == DOMAIN and source.op_type in {"NMPrune", *OPS}:
             yield f"its activation {claim.activation!r} is pruned already by {label(source)!r}"
         for node in after.own.values():
             if pattern_of(node) != claim.pattern:
@@ -223,9 +225,9 @@ class _Structure:
 
 
 def pattern_of(node: NodeProto) -> str:
-    """ "8:16" of a custom op."""
+    """ "8:16" or "50%" of a custom op."""
     values = {a.name: a.i for a in node.attribute}
-    return f"{values.get('keep', '?')}:{values.get('group', '?')}"
+    return pattern_text(values["keep"], values["group"]) if {"keep", "group"} <= values.keys() else "?:?"
 
 
 def sites_of(node: NodeProto) -> list[str]:
@@ -254,4 +256,6 @@ def is_transposed(old: TensorProto, in_old: TensorReader, new: TensorProto, in_n
 def _is_neutral(values: np.ndarray, slot: str) -> bool:
     if slot == "order":
         return np.array_equal(values, np.arange(values.size))
+    if slot == "threshold":
+        return False
     return bool((values == (1 if slot == "scale" else 0)).all())

@@ -1,0 +1,76 @@
+"""Put an op of stock operators in front of the chosen linear layers, where the pruning has no kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx.parser
+import onnx_graphsurgeon as gs
+
+from nmonnx.emulated import OPS
+from nmonnx.errors import UsageError
+from nmonnx.graph import DOMAIN, Model
+from nmonnx.passes.emulated_bodies import OLDEST_OPSET, emulated_function
+from nmonnx.passes.result import PassResult
+from nmonnx.passes.surgery import Constants, Names, note
+from nmonnx.sites import Site
+from nmonnx.treatment import Treatment
+
+
+@dataclass(frozen=True)
+class EmulatePrune:
+    """Put `op`, one of `nmonnx.emulated.OPS`, between each chosen linear layer and its input activation.
+
+    1. Layers that read the same activation in the same graph share one, if they share their treatment.
+    2. The op is a model-local function of stock operators: it runs with and without the library, and saves nothing.
+    3. A layer whose input is pruned already is left alone.
+    4. Raises UsageError below opset 15, which cannot express it.
+    """
+
+    op: str
+    treatments: Mapping[str, Treatment]
+    name: str = "emulate-prune"
+
+    def apply(self, model: Model, sites: Sequence[Site]) -> PassResult:
+        if model.opset < OLDEST_OPSET:
+            raise UsageError(
+                f"opset {model.opset} cannot express {self.op} in stock operators; export with opset {OLDEST_OPSET}"
+            )
+        names = Names(model)
+        constants = Constants(model, names)
+        groups: dict[tuple[int, int, int], list[Site]] = {}
+        left = {}
+        for site in sites:
+            if any(producer.domain == DOMAIN for producer in site.activation.inputs):
+                left[site.name] = "its input is pruned already"
+            else:
+                treatment = id(self.treatments[site.name])
+                groups.setdefault((id(site.splice_graph), id(site.activation), treatment), []).append(site)
+        for group in groups.values():
+            self._insert(model, names, constants, group)
+        if groups:
+            model.functions.append(onnx.parser.parse_function(emulated_function(self.op, model.opset)))
+        return PassResult(self.name, len(groups), left)
+
+    def _insert(self, model: Model, names: Names, constants: Constants, sites: list[Site]) -> None:
+        site, activation, treatment = sites[0], sites[0].activation, self.treatments[sites[0].name]
+        pruned = gs.Variable(names.fresh_tensor(f"{activation.name}/pruned"))
+        given = {"scale": np.ones(1, np.float32), **treatment.constants()}
+        options = [
+            constants.declare(site.scope, f"{site.name}/{slot}", slot, given[slot]) for slot in OPS[self.op].inputs[1:]
+        ]
+        node = gs.Node(
+            self.op,
+            names.fresh_node(f"{activation.name}/{self.op}"),
+            {"keep": treatment.pattern.n, "group": treatment.pattern.m},
+            [activation, *options],
+            [pruned],
+            domain=DOMAIN,
+        )
+        site.splice_graph.nodes.append(node)
+        note(model, node, self.name, sites)
+        for other in sites:
+            for consumer, index in other.splice:
+                consumer.inputs[index] = pruned
