@@ -15,7 +15,7 @@ from nmonnx.graph import Model, load
 from nmonnx.passes import PassResult, pipeline, run
 from nmonnx.recipe import Recipe
 from nmonnx.save import save
-from nmonnx.sites import AT_RUN_TIME, Found, Selection, converted_with, find_sites, select
+from nmonnx.sites import AT_RUN_TIME, Found, Selection, block_selectors, converted_with, find_sites, select
 from nmonnx.treatment import Plan, plan
 
 if TYPE_CHECKING:
@@ -96,7 +96,8 @@ def rewrite(
     if earlier:
         raise UsageError(f"{source} is converted already ({earlier}); convert the original model instead")
     found = find_sites(model)
-    selection = select(found, recipe.include, recipe.exclude, recipe.lm_head)
+    exclude = (*recipe.exclude, *block_selectors(found, recipe.dense_blocks))
+    selection = select(found, recipe.include, exclude, recipe.lm_head)
     _refuse_nothing(model.path, found, selection)
     _refuse_foreign(model.path, {"statistics": stats, "sensitivity": sensitivity, "gradients": gradients})
     planned = plan(recipe, found, selection.chosen, stats, sensitivity, gradients)

@@ -41,6 +41,7 @@ class Recipe:
     """pattern   keep n of every m input channels of each chosen linear layer, or a share of them
     include   selectors of the layers to prune; empty: every one but lm_head
     exclude   selectors of layers to leave dense
+    dense_blocks numbers of blocks to leave dense; -1 is the last one
     lm_head   prune lm_head too
     criterion what makes a channel worth keeping, see `nmonnx.criteria`; or the path of an .npz with a vector [K] for
               each layer; "clact" and "anti" are no constant factor of the score, see `nmonnx.emulated`
@@ -65,6 +66,7 @@ class Recipe:
     pattern: Pattern = DEFAULT_PATTERN
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    dense_blocks: tuple[int, ...] = ()
     lm_head: bool = False
     criterion: str = "act"
     scope: str = "token"
@@ -183,6 +185,11 @@ def _value(key: str, value: object, where: str) -> Any:
         if not isinstance(selectors, (list, tuple)) or not all(isinstance(s, str) and s for s in selectors):
             raise UsageError(f"{where}: {key} must be a word or a list of words, not {value!r}")
         return tuple(selectors)
+    if key == "dense_blocks":
+        numbers = [value] if isinstance(value, int) else value
+        if not isinstance(numbers, (list, tuple)) or not all(type(n) is int for n in numbers):
+            raise UsageError(f"{where}: dense_blocks must be a list of block numbers such as [0, -1], not {value!r}")
+        return tuple(numbers)
     if key == "patterns":
         if not isinstance(value, dict) or not all(isinstance(selector, str) for selector in value):
             raise UsageError(f"{where}: patterns must map selectors to patterns, such as 'down: 12:16', not {value!r}")

@@ -197,3 +197,10 @@ def test_a_share_is_read_and_written_as_one(text: str) -> None:
     share = Pattern.parse(text)
     assert isinstance(share, Share) and str(share) == text
     assert Recipe.from_dict({"pattern": text}).pattern == share
+
+
+@pytest.mark.parametrize("value", ["0", [0, "last"], [True], 1.5])
+def test_dense_blocks_are_numbers(value: object) -> None:
+    assert Recipe.from_dict({"dense_blocks": [0, -1]}).dense_blocks == (0, -1)
+    with pytest.raises(UsageError, match="block numbers"):
+        Recipe.from_dict({"dense_blocks": value})

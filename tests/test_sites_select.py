@@ -10,7 +10,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from site_models import matrix, parse, saved
 
 from nmonnx.errors import UsageError
-from nmonnx.sites import Found, Selection, converted_with, find_sites, select
+from nmonnx.sites import Found, Selection, block_selectors, converted_with, find_sites, select
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -165,3 +165,11 @@ def _layer(name: str, weight: str) -> NodeProto:
 
 def _folder(role: str) -> str:
     return "self_attn" if role in ("q", "k", "v", "o") else "mlp"
+
+
+def test_blocks_are_left_dense_by_number_from_either_end(found: Found) -> None:
+    selectors = block_selectors(found, (0, -1))
+    assert chosen(select(found, (), tuple(selectors))) == every("q k v o gate up down", "1")
+    for block in (3, -4):
+        with pytest.raises(UsageError, match="3 blocks"):
+            block_selectors(found, (block,))

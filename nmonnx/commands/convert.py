@@ -37,6 +37,10 @@ def command(
     ] = None,
     include: Include = None,
     exclude: Exclude = None,
+    dense_blocks: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Blocks to leave dense, such as first,last or 0,1,-1."),
+    ] = None,
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Prune the input of lm_head too.")] = False,
     criterion: Annotated[
         Optional[str],  # noqa: UP045
@@ -121,6 +125,7 @@ def command(
         "pattern": pattern,
         "include": include,
         "exclude": exclude,
+        "dense_blocks": _blocks(dense_blocks) if dense_blocks else None,
         "lm_head": lm_head or None,
         "criterion": criterion,
         "scope": scope,
@@ -141,6 +146,14 @@ def command(
     measured = _measured(stats, sensitivity, gradients)
     done = convert(model, None if dry_run else output, recipe, overwrite, *measured)
     tell(conversion(done, verbose), report, quiet)
+
+
+def _blocks(text: str) -> list[int]:
+    words = {"first": "0", "last": "-1"}
+    try:
+        return [int(words.get(part.strip(), part)) for part in text.split(",")]
+    except ValueError as e:
+        raise UsageError(f"--dense-blocks {text!r}: give numbers, first or last, separated by commas") from e
 
 
 def _measured(

@@ -6,7 +6,7 @@ select(found, ...) -> Selection  what the user's selectors choose
 
 from nmonnx.sites.constant import AT_RUN_TIME
 from nmonnx.sites.find import converted_with, find_sites
-from nmonnx.sites.select import Selection, matching, select
+from nmonnx.sites.select import Selection, block_selectors, matching, select
 from nmonnx.sites.site import ROLES, Found, FusableWeight, Site, Skipped
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Selection",
     "Site",
     "Skipped",
+    "block_selectors",
     "converted_with",
     "find_sites",
     "matching",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -43,6 +43,15 @@ def select(
     left = tuple(s for s in found.skipped if s.linear)
     dense = tuple(_left(s, reason) for s, reason in zip(found.sites, reasons, strict=True) if reason)
     return Selection(chosen, dense + left)
+
+
+def block_selectors(found: Found, blocks: Sequence[int]) -> list[str]:
+    """Selectors of blocks by number, -1 the last. Raises UsageError for a block that the model has not."""
+    count = 1 + max((s.block for s in (*found.sites, *found.skipped) if s.block is not None), default=-1)
+    for block in blocks:
+        if not -count <= block < count:
+            raise UsageError(f"dense block {block}: the model has {count} blocks that are known")
+    return [f"block:{block % count}" for block in blocks]
 
 
 def matching(found: Found, selector: str, flag: str) -> list[str]:
