@@ -22,6 +22,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 from nmonnx.check import check_readable, check_runnable
 from nmonnx.errors import InputError
 from nmonnx.tensors import TensorReader, all_tensors, is_external, size_of, why
+from nmonnx.weight_pruning import PrunedWeight
 
 DOMAIN = "ai.nmonnx"
 """Operator domain of the custom ops."""
@@ -37,6 +38,14 @@ class Transposed:
 
     name: str
     source: TensorProto
+
+    @property
+    def dims(self) -> list[int]:
+        return list(self.source.dims)[::-1]
+
+    @property
+    def how(self) -> str:
+        return "transposed"
 
 
 @dataclass(eq=False)
@@ -61,7 +70,7 @@ class Model:
     graph: gs.Graph
     tensors: TensorReader
     constants: dict[str, np.ndarray] = field(default_factory=dict)
-    repacked: dict[str, Transposed] = field(default_factory=dict)
+    repacked: dict[str, Transposed | PrunedWeight] = field(default_factory=dict)
     functions: list[onnx.FunctionProto] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
     notes: dict[int, dict[str, str]] = field(default_factory=dict)

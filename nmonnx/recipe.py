@@ -18,6 +18,7 @@ from nmonnx.shifts import CENTERS, SHIFTS
 KERNELS = ("auto", "prune", "fused")
 FALLBACKS = ("function", "none")
 SHARES = ("joint", "separate")
+PRUNED = ("activations", "weights")
 ORDERS = ("none", "deal", "swap")
 MITIGATIONS = (*SHIFTS, *CENTERS, "var")
 ALLOCATIONS = ("uniform", "forward", "fisher")
@@ -28,6 +29,7 @@ SCHEMA_VERSION = 1
 _WORDS = {
     "criterion": (*CRITERIA, *DYNAMIC),
     "scope": SCOPES,
+    "prune": PRUNED,
     "share": SHARES,
     "order": ORDERS,
     "allocate": ALLOCATIONS,
@@ -47,6 +49,8 @@ class Recipe:
               each layer; "clact" and "anti" are no constant factor of the score, see `nmonnx.emulated`
     scope     how a share is kept: "token": the best channels of each token; "call": the best elements of all tokens of
               a call; "threshold": what scores above a calibrated threshold of the layer (TEAL; with "wina" CHESS)
+    prune     "activations"; "weights": those of small magnitude are 0 in the file, the activations stay dense (the
+              baseline WT of arXiv 2509.22166)
     share     "joint": layers that read one activation share one prune, with a joint criterion; "separate": one each
     order     "deal": cut the groups of each layer along its channels dealt by calibrated rms; "swap": the same, then
               channels that are wanted in the same tokens are parted; "none": as they lie
@@ -70,6 +74,7 @@ class Recipe:
     lm_head: bool = False
     criterion: str = "act"
     scope: str = "token"
+    prune: str = "activations"
     share: str = "joint"
     order: str = "none"
     mitigations: tuple[str, ...] = ()
@@ -91,6 +96,11 @@ class Recipe:
         if self.patterns and self.allocate != "uniform":
             raise UsageError("patterns for single layers and an allocation exclude each other; give one of them")
 
+        if self.prune == "weights":
+            plain = {"criterion": "act", "scope": "token", "mitigations": (), "allocate": "uniform", "order": "none"}
+            wrong = [key for key, value in plain.items() if getattr(self, key) != value]
+            if wrong:
+                raise UsageError(f"weights are pruned by their magnitude alone; leave {wrong[0]} out")
         if self.emulated:
             self._refuse_without_kernel()
 
@@ -110,6 +120,8 @@ class Recipe:
     @property
     def emulated(self) -> str:
         """The op of `nmonnx.emulated` that prunes, "" where the kernels do. Raises UsageError for what there is not."""
+        if self.prune == "weights":
+            return ""
         shares = {isinstance(pattern, Share) for pattern in (self.pattern, *(p for _, p in self.patterns))}
         if len(shares) > 1:
             raise UsageError("patterns mix N:M and shares kept; convert with one kind")

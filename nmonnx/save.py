@@ -18,6 +18,7 @@ from nmonnx.errors import InputError, ModelError, UsageError
 from nmonnx.graph import Model, Transposed
 from nmonnx.tensors import all_tensors, byte_size, is_external
 from nmonnx.weave import weave
+from nmonnx.weight_pruning import PrunedWeight
 
 INLINE_LIMIT = 1_500_000_000
 """A model without external data gets some once it grows beyond this many bytes (protobuf ends at 2 GiB)."""
@@ -55,7 +56,7 @@ def save(
     repacked = [t for t in proto.graph.initializer if t.name in model.repacked]
     if not external and not too_big:
         for tensor in repacked:
-            tensor.raw_data = b"".join(_transposed(model, model.repacked[tensor.name]))
+            tensor.raw_data = b"".join(_made(model, model.repacked[tensor.name]))
         repacked = []
     if moved or repacked:
         refuse_clash(data, inputs, overwrite)
@@ -117,7 +118,7 @@ def _write_data(model: Model, moved: list[TensorProto], repacked: list[TensorPro
         _point(tensor, name, start, size)
     for tensor in repacked:
         start = _pad(file, byte_size(tensor))
-        for block in _transposed(model, model.repacked[tensor.name]):
+        for block in _made(model, model.repacked[tensor.name]):
             file.write(block)
         _point(tensor, name, start, byte_size(tensor))
 
@@ -150,6 +151,13 @@ def _point(tensor: TensorProto, location: str, offset: int, length: int) -> None
     tensor.raw_data = b""
     set_external_data(tensor, location, offset, length)
     tensor.ClearField("raw_data")
+
+
+def _made(model: Model, new: Transposed | PrunedWeight) -> Iterator[bytes]:
+    if isinstance(new, PrunedWeight):
+        yield new.values(model.tensors.array(new.source)).tobytes()
+    else:
+        yield from _transposed(model, new)
 
 
 def _transposed(model: Model, new: Transposed) -> Iterator[bytes]:

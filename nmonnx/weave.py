@@ -25,10 +25,7 @@ def weave(model: Model) -> ModelProto:
     proto.CopyFrom(model.proto)
     _weave_graph(proto.graph, model.graph, model)
     new = [numpy_helper.from_array(values, name) for name, values in model.constants.items()]
-    new += [
-        onnx.TensorProto(name=t.name, data_type=t.source.data_type, dims=list(t.source.dims)[::-1])
-        for t in model.repacked.values()
-    ]
+    new += [onnx.TensorProto(name=t.name, data_type=t.source.data_type, dims=t.dims) for t in model.repacked.values()]
     read = _reads(proto.graph)
     proto.graph.initializer.extend(t for t in new if t.name in read)
     for body, function in zip(proto.functions, model.graph.functions, strict=True):

@@ -16,6 +16,7 @@ from nmonnx.passes.fold_center import FoldCenter
 from nmonnx.passes.fold_shift import FoldShift
 from nmonnx.passes.fuse_matmul import FuseMatMul
 from nmonnx.passes.insert_prune import InsertPrune
+from nmonnx.passes.prune_weights import PruneWeights
 from nmonnx.passes.result import PassResult
 from nmonnx.passes.stamp import Stamp
 from nmonnx.recipe import Recipe
@@ -31,6 +32,7 @@ __all__ = [
     "InsertPrune",
     "Pass",
     "PassResult",
+    "PruneWeights",
     "Stamp",
     "pipeline",
     "run",
@@ -54,6 +56,8 @@ def pipeline(recipe: Recipe, plan: Plan, left: Sequence[Skipped] = ()) -> tuple[
     """What `convert` runs, in order. `plan` says how each layer is pruned; `left` are the linear layers that stay
     dense, for the record."""
     op = recipe.emulated
+    if recipe.prune == "weights":
+        return (PruneWeights(plan.treatments), FuseMatMul("prune"), FoldShift(), Stamp(recipe, tuple(left)))
     return (
         EmulatePrune(op, plan.treatments) if op else InsertPrune(plan.treatments),
         FuseMatMul("prune" if op else recipe.kernel),

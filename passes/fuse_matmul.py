@@ -122,7 +122,9 @@ def _fuse(model: Model, names: Names, site: Site, made_by: str) -> list[gs.Node]
 def _weight_tensor(model: Model, names: Names, site: Site, weight: FusableWeight) -> gs.Tensor:
     if weight.transposed:
         assert weight.proto is not None
-        name = next((n for n, t in model.repacked.items() if t.source is weight.proto), None)
+        name = next(
+            (n for n, t in model.repacked.items() if isinstance(t, Transposed) and t.source is weight.proto), None
+        )
         if name is None:
             name = names.fresh_tensor(f"{site.initializer}/KN")
             model.repacked[name] = Transposed(name, weight.proto)

@@ -16,6 +16,7 @@ from nmonnx.passes.surgery import nodes_of_sites
 from nmonnx.pattern import pattern_text
 from nmonnx.recipe import Recipe
 from nmonnx.sites import Site, Skipped
+from nmonnx.weight_pruning import PrunedWeight
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,11 @@ class Stamp:
     def apply(self, model: Model, sites: Sequence[Site]) -> PassResult:
         nodes = dict(nodes_of_sites(model))
         records = [_pruned(model, site, nodes[site.name]) for site in sites if site.name in nodes]
+        if self.recipe.prune == "weights":
+            made = {t.source.name: t.pattern for t in model.repacked.values() if isinstance(t, PrunedWeight)}
+            records = [_weight_pruned(site, str(made[site.initializer])) for site in sites if site.initializer in made]
         records += [_left(skipped) for skipped in self.left if skipped.linear]
-        changed = {t.name: {"from": t.source.name, "how": "transposed"} for t in model.repacked.values()}
+        changed = {t.name: {"from": t.source.name, "how": t.how} for t in model.repacked.values()}
         entries = {
             "nmonnx.version": nmonnx.__version__,
             "nmonnx.recipe": self.recipe.to_json(),
@@ -63,6 +67,23 @@ def _pruned(model: Model, site: Site, node: gs.Node) -> dict[str, object]:
         "kernel": node.op,
         "activation": site.activation.name,
         "output": node.outputs[0].name if node.op == "NMMatMul" else model.origin[id(site.node)].output[0],
+        "scope": site.scope,
+    }
+
+
+def _weight_pruned(site: Site, pattern: str) -> dict[str, object]:
+    return {
+        "name": site.name,
+        "op": site.op,
+        "role": site.role,
+        "block": site.block,
+        "k": site.k,
+        "n": site.n,
+        "status": "pruned",
+        "pattern": pattern,
+        "kernel": "weights",
+        "activation": site.activation.name,
+        "output": site.output,
         "scope": site.scope,
     }
 

@@ -54,6 +54,10 @@ def command(
         Optional[str],  # noqa: UP045
         typer.Option(help="How a share is kept: by token, by call, or by a calibrated threshold. [default: token]"),
     ] = None,
+    prune: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="activations; weights: prune these by magnitude instead, a baseline. [default: activations]"),
+    ] = None,
     share: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="joint: layers on one activation share a prune; separate: one each. [default: joint]"),
@@ -129,6 +133,7 @@ def command(
         "lm_head": lm_head or None,
         "criterion": criterion,
         "scope": scope,
+        "prune": prune,
         "share": share,
         "order": order,
         "mitigations": mitigation,
@@ -207,6 +212,12 @@ def conversion(done: Conversion, verbose: bool = False) -> Report:
 def _how_chosen(done: Conversion, pruned: list[dict[str, Any]]) -> list[str]:
     """What differs from plain magnitude at one pattern."""
     recipe, words = done.recipe, []
+    if recipe.prune == "weights":
+        words.append(
+            "A baseline: weights of small magnitude are 0 in the file, activations are dense, nothing is skipped."
+        )
+        lost = next(p for p in done.passes if p.name == "prune-weights").left
+        words += [f"Left as it is: {name}: {why}." for name, why in lost.items()]
     if recipe.emulated:
         words.append(f"No kernel: {recipe.emulated} is made of stock operators, for research; it saves no time.")
     if recipe.scope != "token":

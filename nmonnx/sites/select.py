@@ -47,7 +47,8 @@ def select(
 
 def block_selectors(found: Found, blocks: Sequence[int]) -> list[str]:
     """Selectors of blocks by number, -1 the last. Raises UsageError for a block that the model has not."""
-    count = 1 + max((s.block for s in (*found.sites, *found.skipped) if s.block is not None), default=-1)
+    layers: list[Site | Skipped] = [*found.sites, *found.skipped]
+    count = 1 + max((s.block for s in layers if s.block is not None), default=-1)
     for block in blocks:
         if not -count <= block < count:
             raise UsageError(f"dense block {block}: the model has {count} blocks that are known")

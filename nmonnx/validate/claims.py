@@ -80,6 +80,8 @@ def read_claims(original: Path, before: ModelProto, converted: Path, after: Mode
     _check_source(original, converted, new.get("nmonnx.source"))
     try:
         recipe = Recipe.from_dict(json.loads(new["nmonnx.recipe"]), str(converted))
+        if recipe.prune == "weights":
+            raise InputError(f"{converted} is a baseline with pruned weights; compare it with 'nmonnx evaluate'")
         sites = tuple(_claim(record) for record in json.loads(new["nmonnx.sites"]))
         changed = {k: (v["from"], v["how"]) for k, v in json.loads(new.get("nmonnx.changed", "{}")).items()}
         declared = json.loads(new.get("nmonnx.constants", "{}"))
