@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nmonnx.decoder_cache import Growing, InPlace, Rerun, Runner, writes_in_place
-from nmonnx.errors import InputError
+from nmonnx.errors import InputError, UsageError
 from nmonnx.feeds import Signature, signature, vocabulary
 from nmonnx.library import make_session
 
@@ -69,6 +69,23 @@ class Decoder:
             raise InputError(f"step takes one token id for each row, not an array of shape {list(ids.shape)}")
         self._check_room(1)
         return self._runner.run(ids[:, None], keep=1)[:, -1]
+
+    def read_on(self, tokens: np.ndarray) -> np.ndarray:
+        """Read `tokens` [B, T] behind what is in the cache; the float32 logits [B, T, V] after each of them."""
+        self._check_room(tokens.shape[1])
+        pieces = self._pieces(tokens, 1 if self._runner.last_only else CHUNK)
+        if tokens.shape[1] > 1 and tokens.shape[0] > 1 and isinstance(self._runner, InPlace):
+            pieces = np.split(tokens, tokens.shape[1], axis=1)  # several rows go on token by token only
+        return np.concatenate([self._runner.run(piece, keep=0) for piece in pieces], axis=1)
+
+    def take_over(self, other: Decoder) -> None:
+        """Go on where `other` stands, with a copy of its cache. Raises UsageError when the caches differ."""
+        mine, given = self._runner, other._runner
+        if self.sig.cache != other.sig.cache:
+            raise UsageError(f"{self.path} and {other.path} have different caches; give conversions of one model")
+        if isinstance(mine, Rerun) or type(mine) is not type(given):
+            raise UsageError(f"{self.path} cannot go on with the cache of {other.path}; both need one of the same kind")
+        mine.take(given)  # type: ignore[attr-defined]
 
     def score(self, tokens: np.ndarray) -> np.ndarray:
         """Forget everything, read `tokens` [B, T]; the float32 logits [B, T, V] after each of them."""

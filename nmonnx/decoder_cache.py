@@ -51,6 +51,9 @@ class Growing:
         self.seen = 0
         self._past: dict[str, np.ndarray] = {}
 
+    def take(self, other: Growing) -> None:
+        self.seen, self._past = other.seen, dict(other._past)
+
     def piece(self, batch: int, length: int, wanted: int) -> int:
         return wanted
 
@@ -77,6 +80,15 @@ class InPlace:
 
     def reset(self) -> None:
         self.seen = 0
+
+    def take(self, other: InPlace) -> None:
+        if self is other:
+            return
+        self.seen = 0
+        self._make_room(other._batch, other.seen)
+        for name, values in other._buffers.items():
+            self._buffers[name][:, :, : other.seen] = values[:, :, : other.seen]
+        self.seen = other.seen
 
     def piece(self, batch: int, length: int, wanted: int) -> int:
         # GroupQueryAttention refuses several tokens after a past for several rows
