@@ -70,7 +70,7 @@ class EmitFunctions:
             node.attrs.update({choice: node.attrs.get(choice, 0) for choice in body.choices})
         texts = {"NMPrune": prune_function, "NMMatMul": matmul_function}
         model.functions.extend(onnx.parser.parse_function(texts[op](body)) for op in ops)
-        model.shapeless.update(site.activation.name for site in sites if _claims_sizes(site))
+        model.shapeless.update(site.activation.name for site in sites if claims_sizes(site))
         return PassResult(self.name, len(ops), {"model": INSIDE} if inside else {})
 
 
@@ -113,6 +113,7 @@ def _neutral(constants: Constants, made: dict, scope: str, site: Site, name: str
     return made[key]
 
 
-def _claims_sizes(site: Site) -> bool:
+def claims_sizes(site: Site) -> bool:
+    """Whether value_info fixes the shape of its activation to numbers, which may be stale."""
     shape = site.activation.shape
     return shape is not None and (not shape or shape[-1] != site.k or any(isinstance(d, int) for d in shape[:-1]))

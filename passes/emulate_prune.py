@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 from nmonnx.emulated import OPS
 from nmonnx.errors import UsageError
 from nmonnx.graph import DOMAIN, Model
+from nmonnx.passes.emit_functions import claims_sizes
 from nmonnx.passes.emulated_bodies import OLDEST_OPSET, emulated_function
 from nmonnx.passes.result import PassResult
 from nmonnx.passes.surgery import Constants, Names, note
@@ -26,7 +27,8 @@ class EmulatePrune:
     1. Layers that read the same activation in the same graph share one, if they share their treatment.
     2. The op is a model-local function of stock operators: it runs with and without the library, and saves nothing.
     3. A layer whose input is pruned already is left alone.
-    4. Raises UsageError below opset 15, which cannot express it.
+    4. What value_info says of the sizes of an activation is dropped, as for `EmitFunctions`.
+    5. Raises UsageError below opset 15, which cannot express it.
     """
 
     op: str
@@ -51,6 +53,7 @@ class EmulatePrune:
         for group in groups.values():
             self._insert(model, names, constants, group)
         if groups:
+            model.shapeless.update(site.activation.name for site in sites if claims_sizes(site))
             model.functions.append(onnx.parser.parse_function(emulated_function(self.op, model.opset)))
         return PassResult(self.name, len(groups), left)
 

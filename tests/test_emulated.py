@@ -146,6 +146,17 @@ def test_a_converted_model_computes_what_the_reference_does_and_validates(tmp_pa
     assert not tried.startswith("0 ")
 
 
+@pytest.mark.parametrize("entries", [{"pattern": "50%"}, {"pattern": "4:8", "criterion": "clact"}])
+def test_a_stale_shape_does_not_break_the_function(tmp_path: Path, entries: dict) -> None:
+    proto = mlp()
+    proto.graph.value_info.append(helper.make_tensor_value_info("a", onnx.TensorProto.FLOAT, [1, 3, 48]))
+    source = write(proto, tmp_path / "model.onnx")
+    convert(source, tmp_path / "sparse.onnx", Recipe.from_dict(entries))
+    for tokens in (3, 7):
+        got = make_session(tmp_path / "sparse.onnx").run(None, {"x": weights(1, tokens, 32)})[0]
+        assert got.shape == (1, tokens, 32)
+
+
 def test_validation_finds_a_tampered_threshold(tmp_path: Path) -> None:
     source = write(mlp(), tmp_path / "model.onnx")
     convert(source, tmp_path / "s.onnx", Recipe.from_dict(dict(PRESETS["teal"])), stats=stats_of(source))
