@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from nmonnx.stats import Seen, Stats
 
 _LEAST_SHARE = 4
-"""An allocation keeps at least one channel of so many."""
+"""An allocation keeps at least one channel of so many, or half of what the pattern keeps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +185,8 @@ def _allocated(
     of_all = recipe.pattern
     choices = [Choice(sum(s.k * s.n for s in group), loss) for (group, _), loss in zip(made, losses, strict=True)]
     share = of_all.n / of_all.m if keep is None else keep
-    kept = allocate(choices, share, max(1, of_all.m // _LEAST_SHARE))
+    least = min(of_all.m // _LEAST_SHARE, of_all.n // 2)
+    kept = allocate(choices, share, max(1, least))
     return [
         (group, replace(treatment, pattern=Pattern(n, of_all.m)))
         for (group, treatment), n in zip(made, kept, strict=True)

@@ -42,7 +42,7 @@ def measure_gradients(
     path = Path(model_path)
     model = load(path)
     graph = TorchGraph(model)
-    sites = [site for site in find_sites(model).sites if _is_reachable(graph, site)]
+    sites = [site for site in find_sites(model).sites if graph.reaches(site)]
     if not sites:
         raise UsageError(f"{path}: no linear layer lies in the main graph, where its gradient could be taken")
     rows = _spread(np.asarray(tokens, np.int64), window, windows)
@@ -103,11 +103,3 @@ def _one_window(
             at = (part.detach().reshape(-1, site.k)[places].numpy() for part in (x, x.grad))
             found[site.name] = (next(at), next(at))
     return found
-
-
-def _is_reachable(graph: TorchGraph, site: Site) -> bool:
-    try:
-        graph.op_of(site)
-    except UsageError:
-        return False
-    return True

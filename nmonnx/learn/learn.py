@@ -16,7 +16,7 @@ from nmonnx.digest import file_sha256
 from nmonnx.graph import load
 from nmonnx.learn.by_layers import learn_by_layers
 from nmonnx.learn.end_to_end import learn_end_to_end
-from nmonnx.learn.model import Task
+from nmonnx.learn.model import Task, coarse_products
 from nmonnx.learn.pruned import Pruned
 from nmonnx.learn.settings import LEARNED, Settings, learned_parts, pruned
 from nmonnx.learn.torch_graph import TorchGraph
@@ -66,7 +66,8 @@ def learn(
         products[site.name] = pruned(plan.treatments[site.name], site.weight(), parts, settings, salt, given)
     source = file_sha256(Path(model_path))
     key = _key([source, model.data_stamps(), recipe.to_json(), asdict(settings), sorted(names)], text)
-    task = Task(graph, found, chosen, products, text, settings, Path(checkpoint) if checkpoint else None, key)
+    coarse = coarse_products(graph, found.sites) if settings.half else {}
+    task = Task(graph, found, chosen, products, text, settings, Path(checkpoint) if checkpoint else None, key, coarse)
     run = learn_by_layers if settings.regime == "by-layers" else learn_end_to_end
     kept, refused = run(task, progress or (lambda done, total: None))
     protocol = (

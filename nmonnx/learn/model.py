@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from nmonnx.errors import InputError
 from nmonnx.learn.pruned import Pruned
 from nmonnx.learn.settings import Settings
-from nmonnx.learn.torch_graph import TorchGraph
+from nmonnx.learn.torch_graph import Product, TorchGraph
 from nmonnx.learn.training import Text
 from nmonnx.save import staging
 from nmonnx.sites import Found, Site
@@ -25,6 +25,7 @@ Feeds = Mapping[str, Tensor]
 class Task:
     """products  the pruned products that are trained, by name of the chosen sites
     key       what a checkpoint must agree with
+    coarse    products in bfloat16 for layers that are not pruned, all of them or none
     """
 
     graph: TorchGraph
@@ -35,10 +36,11 @@ class Task:
     settings: Settings
     checkpoint: Path | None
     key: str
+    coarse: Mapping[Site, Product] = field(default_factory=dict)
 
     def run(self, feeds: Feeds, wanted: Sequence[str], sites: Sequence[Site] = ()) -> dict[str, Tensor]:
         """Run with the layers `sites` pruned."""
-        return self.graph.run(feeds, wanted, {s: self.products[s.name] for s in sites})
+        return self.graph.run(feeds, wanted, {**self.coarse, **{s: self.products[s.name] for s in sites}})
 
     def start_of(self, sites: Sequence[Site]) -> dict[str, dict[str, Tensor]]:
         """The parameters that are trained, to be put back by `restore`."""
@@ -71,6 +73,16 @@ class Task:
         except Exception:  # whatever a damaged file makes torch raise
             return {}
         return state if isinstance(state, dict) and state.get("key") == self.key else {}
+
+
+def coarse_products(graph: TorchGraph, sites: Sequence[Site]) -> dict[Site, Product]:
+    """Each layer whose weight is a matrix in the main graph, multiplied in bfloat16."""
+    return {site: _coarse(site) for site in sites if graph.reaches(site) and site.node.op == "MatMul"}
+
+
+def _coarse(site: Site) -> Product:
+    weight = torch.from_numpy(site.weight()).bfloat16()
+    return lambda x: (x.bfloat16() @ weight).float()
 
 
 def verdict(before: float, after: float, what: str) -> str | None:

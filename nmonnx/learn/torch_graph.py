@@ -72,6 +72,14 @@ class TorchGraph:
         read = {name for op in plan for name in op.inputs} | set(wanted)
         return [i.name for i in self._model.proto.graph.input if i.name in read and i.name not in self._stored]
 
+    def reaches(self, site: Site) -> bool:
+        """Whether `op_of` finds the site."""
+        try:
+            self.op_of(site)
+        except UsageError:
+            return False
+        return True
+
     def op_of(self, site: Site) -> Op:
         """The node of a site. Raises UsageError when it is not in the main graph, or its input is not its own."""
         op = self._maker.get(site.output)
