@@ -12,6 +12,7 @@ from nmonnx.decoder import Decoder
 from nmonnx.errors import UsageError
 from nmonnx.handover import second_part_losses
 from nmonnx.perplexity import window_losses
+from nmonnx.phases import phases
 from nmonnx.recipe import Recipe
 
 ROWS = np.random.default_rng(5).integers(0, 512, (2, 40))
@@ -48,3 +49,16 @@ def test_what_cannot_be_is_refused(zoo) -> None:
         second_part_losses(cached, plain, ROWS, 15)
     with pytest.raises(UsageError, match="cache"):
         second_part_losses(plain, plain, ROWS, 15)
+
+
+def test_phases_tell_each_mixture_beside_the_dense_model(zoo, tmp_path: Path) -> None:
+    convert(zoo(NAMES[0]), tmp_path / "sparse.onnx", Recipe.from_dict({"pattern": "2:8"}))
+    dense, sparse = zoo(NAMES[0]), tmp_path / "sparse.onnx"
+    told = phases([dense, sparse], ROWS.reshape(-1), 15, window=40, threads=1)
+    assert [(p.first, p.second) for p in told] == [(dense, dense), (dense, sparse), (sparse, dense), (sparse, sparse)]
+    for phase in told:
+        losses = second_part_losses(Decoder(phase.first, threads=1), Decoder(phase.second, threads=1), ROWS, 15)
+        assert phase.loss == pytest.approx(losses.mean(), abs=1e-6)
+        assert phase.difference == pytest.approx(phase.loss - told[0].loss, abs=1e-9)
+    with pytest.raises(UsageError, match="conversion"):
+        phases([dense], ROWS.reshape(-1), 15)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -14,6 +15,7 @@ from nmonnx.report import Report, Table, check_format, table
 
 if TYPE_CHECKING:
     from nmonnx.evaluate import Evaluation, ModelScore, TextScore
+    from nmonnx.phases import Phase
 
 
 def command(
@@ -39,6 +41,10 @@ def command(
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows, at most.")] = 8,
     skip_windows: Annotated[int, typer.Option(min=0, help="Windows to leave out at the beginning.")] = 0,
+    split: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Also: read so many tokens of a window with one model, go on with another."),
+    ] = None,
     threads: Threads = 0,
     report: ReportPath = None,
     quiet: Quiet = False,
@@ -46,12 +52,22 @@ def command(
     """Perplexity, agreement and task accuracy of models beside the first one, with confidence intervals."""
     if text is None and not tasks:
         raise UsageError("nothing to measure on; give --text FILE, --tasks TASK.yaml or both")
+    if split is not None and text is None:
+        raise UsageError("--split divides the windows of a text; give --text FILE")
     check_format(report)
     from nmonnx.evaluate import evaluate
+    from nmonnx.phases import phases
     from nmonnx.text import encode, load_tokenizer, read_text
 
     tokens = encode(load_tokenizer(tokenizer, beside=models[0]), read_text(text)) if text else None
     with Console(stderr=True).status("reading") as status:
+
+        def told(what: str, count: int, total: int) -> None:
+            status.update(f"{what}, {count} of {total}")
+
+        mixed: tuple[Phase, ...] = ()
+        if split is not None and tokens is not None:
+            mixed = phases(models, tokens, split, window, windows, skip_windows, threads, told)
         done = evaluate(
             models,
             tokens,
@@ -61,21 +77,37 @@ def command(
             skip_windows,
             threads,
             tasks,
-            lambda what, count, total: status.update(f"{what}, {count} of {total}"),
+            told,
             tokenizer,
         )
-    tell(evaluation(done, text), report, quiet)
+    tell(evaluation(done, text, mixed, split), report, quiet)
 
 
-def evaluation(done: Evaluation, text: Path | None = None) -> Report:
-    """One row for each model; the tasks in a table of their own."""
+def evaluation(
+    done: Evaluation, text: Path | None = None, mixed: tuple[Phase, ...] = (), split: int | None = None
+) -> Report:
+    """One row for each model; the tasks and the phases in tables of their own."""
     title = f"{len(done.models)} models" if len(done.models) > 1 else str(done.models[0].path)
     words = (*done.protocol, *((f"The text is {text.name}.",) if text else ()), *done.notes)
-    data = {"command": "evaluate", **done.data()}
+    data = {"command": "evaluate", **done.data(), "phases": [_phase(p, split) for p in mixed]}
     inputs = (*(m.path for m in done.models), *((text,) if text else ()))
     parts = [_texts(done)] if done.models[0].text else []
     parts += [_tasks(done)] if done.models[0].tasks else []
+    parts += [_phases(mixed, split)] if mixed else []
     return Report(title, words, tuple(parts), data, inputs)
+
+
+def _phase(phase: Phase, split: int | None) -> dict[str, object]:
+    return {**asdict(phase), "split": split, "first": str(phase.first), "second": str(phase.second)}
+
+
+def _phases(mixed: tuple[Phase, ...], split: int | None) -> Table:
+    rows = [
+        (p.first.name, p.second.name, f"{p.loss:.4f}", f"{p.difference:+.4f}{_error(p.error, 4)}" if n else "-")
+        for n, p in enumerate(mixed)
+    ]
+    title = f"Log-loss behind the first {split} tokens of each window, by the models that read them and the rest"
+    return table(title, ("first part", "rest", "log-loss", "difference"), rows)
 
 
 def _texts(done: Evaluation) -> Table:
