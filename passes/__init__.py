@@ -57,7 +57,7 @@ def pipeline(recipe: Recipe, plan: Plan, left: Sequence[Skipped] = ()) -> tuple[
     dense, for the record."""
     op = recipe.emulated
     if recipe.prune == "weights":
-        return (PruneWeights(plan.treatments), FuseMatMul("prune"), FoldShift(), Stamp(recipe, tuple(left)))
+        return (PruneWeights(plan.treatments), Stamp(recipe, tuple(left)))
     return (
         EmulatePrune(op, plan.treatments) if op else InsertPrune(plan.treatments),
         FuseMatMul("prune" if op else recipe.kernel),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from nmonnx.criteria import CRITERIA, Layer, channel_scale
+from nmonnx.gradients import SiteGradient
 from nmonnx.stats import Seen
 
 torch = pytest.importorskip("torch", reason="the reference formulas are written in torch")
@@ -89,6 +90,7 @@ def test_joint_norms_are_the_norms_of_the_weights_side_by_side() -> None:
 @pytest.mark.parametrize("name", sorted(CRITERIA))
 @pytest.mark.parametrize("weight", [np.zeros((8, 4)), np.ones((8, 1)), np.ones((1, 4)), np.full((8, 4), np.nan)])
 def test_degenerate_weights_give_finite_factors_or_none(name: str, weight: np.ndarray) -> None:
-    layer = Layer(weight.astype(np.float32), seen(np.zeros((4, len(weight)), np.float32)))
+    rows = np.zeros((4, len(weight)), np.float32)
+    layer = Layer(weight.astype(np.float32), seen(rows), SiteGradient.of(rows, rows))
     factors = channel_scale(name, [layer])
     assert factors is None or (np.isfinite(factors).all() and factors.max() == 1 and factors.min() >= 0)

@@ -227,7 +227,7 @@ def _how_chosen(done: Conversion, pruned: list[dict[str, Any]]) -> list[str]:
     if recipe.mitigations:
         words.append(f"Mitigations: {', '.join(recipe.mitigations)}.")
     for what in ("shift", "center"):
-        unfolded = Counter(next(p for p in done.passes if p.name == f"fold-{what}").left.values())
+        unfolded = _left_by(done, f"fold-{what}")
         words += [f"Without {what}: {_times(n)}: {why}." for why, n in unfolded.items()]
     if recipe.order != "none":
         words.append(_what_the_order_spares(done))
@@ -274,8 +274,12 @@ def _no_layers(done: Conversion) -> Counter[tuple[str, str]]:
 
 
 def _why_not_fused(done: Conversion) -> Counter[str]:
-    fuse = next(p for p in done.passes if p.name == "fuse-matmul")
-    return Counter(fuse.left.values())
+    return _left_by(done, "fuse-matmul")
+
+
+def _left_by(done: Conversion, name: str) -> Counter[str]:
+    """Reasons of a pass, if it ran."""
+    return Counter(why for p in done.passes if p.name == name for why in p.left.values())
 
 
 def _times(count: int) -> str:
