@@ -81,7 +81,7 @@ def coarse_products(graph: TorchGraph, sites: Sequence[Site]) -> dict[Site, Prod
 
 
 def _coarse(site: Site) -> Product:
-    weight = torch.from_numpy(site.weight()).bfloat16()
+    weight = torch.tensor(site.weight()).bfloat16()
     return lambda x: (x.bfloat16() @ weight).float()
 
 
