@@ -31,7 +31,7 @@ class Grid:
     pattern; and recipes of one's own. Mitigations of one recipe are joined by "+"; "none" is none of them.
 
     base     entries that all of them have, such as {"include": ["down"]}
-    recipes  whole recipes beside the grid
+    recipes  whole recipes beside the grid; an entry `name` is what the table calls them
     """
 
     patterns: Sequence[Any] = ("8:16",)
@@ -71,12 +71,14 @@ class Grid:
             found.append((" ".join(words), {**self.base, **entries}))
         for name, pattern in itertools.product(self.presets, self.patterns):
             found.append((name, {**self.base, **preset_named(name), "pattern": pattern}))
-        found += [(f"recipe {number}", {**self.base, **own}) for number, own in enumerate(self.recipes, 1)]
+        for number, own in enumerate(self.recipes, 1):
+            entries = {**self.base, **own}
+            found.append((str(entries.pop("name", f"recipe {number}")), entries))
         return found
 
     def build(self, given: Sequence[str] = ()) -> tuple[dict[str, Recipe], dict[str, str]]:
-        """(recipes by their labels, reasons by the labels of those that cannot be). `given`: which of "stats" and
-        "sensitivity" there are. Raises UsageError for an unknown preset."""
+        """(recipes by their labels, reasons by the labels of those that cannot be). `given`: which of "stats",
+        "sensitivity" and "gradients" there are. Raises UsageError for an unknown preset."""
         recipes: dict[str, Recipe] = {}
         impossible: dict[str, str] = {}
         seen: set[str] = set()

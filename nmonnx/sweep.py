@@ -22,6 +22,7 @@ from nmonnx.convert import convert
 from nmonnx.decoder import Decoder
 from nmonnx.digest import array_sha256, file_sha256
 from nmonnx.errors import ModelError, NmonnxError, UsageError
+from nmonnx.gradients import Gradients
 from nmonnx.graph import load
 from nmonnx.parallel import Pool
 from nmonnx.perplexity import perplexity
@@ -37,7 +38,7 @@ class Protocol:
     """What every recipe of a sweep is measured by, in paths: jobs read the files themselves.
 
     tokens      .npy file of the text's token ids [T]
-    model, stats, sensitivity  as `convert` takes them
+    model, stats, sensitivity, gradients  as `convert` takes them
     window, windows, skip      as `nmonnx.perplexity` takes them, stride = window
     threads     ONNX Runtime's, fixed, so that a number does not depend on where it was computed
     digest      of all of the content above, but for the threads
@@ -47,6 +48,7 @@ class Protocol:
     tokens: Path
     stats: Path | None
     sensitivity: Path | None
+    gradients: Path | None
     window: int
     windows: int
     skip: int
@@ -116,13 +118,16 @@ def protocol(
     windows: int = 8,
     skip: int = 0,
     threads: int = 1,
+    gradients: Path | None = None,
 ) -> Protocol:
     """The protocol of a sweep; the tokens are stored in `folder`. Raises InputError when a file cannot be read."""
-    measured = {"stats": stats, "sensitivity": sensitivity}
+    measured = {"stats": stats, "sensitivity": sensitivity, "gradients": gradients}
     if stats:
         Stats.load(stats)  # what is wrong with it is said now, not by every job
     if sensitivity:
         Sensitivity.load(sensitivity)
+    if gradients:
+        Gradients.load(gradients)
     content: dict[str, Any] = {
         "version": [nmonnx.__version__, SCHEMA_VERSION],
         "model": [file_sha256(model), load(model).data_stamps()],
@@ -134,10 +139,9 @@ def protocol(
     place = folder / f"tokens-{content['tokens'][:16]}.npy"
     if not place.exists():
         _publish(place, lambda path: np.save(path, tokens))
-    own = stats.absolute() if stats else None
-    weighed = sensitivity.absolute() if sensitivity else None
+    seen, weighed, slopes = (path.absolute() if path else None for path in measured.values())
     cut = (window, windows, skip)
-    return Protocol(model.absolute(), place.absolute(), own, weighed, *cut, threads, digest)
+    return Protocol(model.absolute(), place.absolute(), seen, weighed, slopes, *cut, threads, digest)
 
 
 def run_jobs(
@@ -201,9 +205,10 @@ def _measure(job: Job) -> Measured:
         return _score(given, given.model, "", (1.0, 1.0))
     stats = Stats.load(given.stats) if given.stats and "stats" in recipe.needs else None
     weighed = Sensitivity.load(given.sensitivity) if given.sensitivity and "sensitivity" in recipe.needs else None
+    slopes = Gradients.load(given.gradients) if given.gradients and "gradients" in recipe.needs else None
     with TemporaryDirectory(prefix=job.place.stem, dir=job.folder / "work") as folder:
         out = Path(folder) / "model.onnx"
-        done = convert(given.model, out, recipe, stats=stats, sensitivity=weighed)
+        done = convert(given.model, out, recipe, stats=stats, sensitivity=weighed, gradients=slopes)
         return _score(given, out, recipe.to_json(), kept_shares(done.records))
 
 

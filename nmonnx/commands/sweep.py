@@ -64,6 +64,10 @@ def command(
         Optional[Path],  # noqa: UP045
         typer.Option(help="What 'nmonnx sensitivity' measured on MODEL (.json).", show_default=False),
     ] = None,
+    gradients: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="What 'nmonnx gradients' measured on MODEL (.npz).", show_default=False),
+    ] = None,
     budget_loss: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(min=0, help="Also search the cheapest recipe that loses at most so many nats a token."),
@@ -113,11 +117,12 @@ def command(
         "presets": presets,
     }
     flags = {name: [word.strip() for word in words.split(",")] for name, words in lists.items() if words is not None}
-    given = [name for name, path in (("stats", stats), ("sensitivity", sensitivity)) if path]
+    files = {"stats": stats, "sensitivity": sensitivity, "gradients": gradients}
+    given = [name for name, path in files.items() if path]
     budget = budget_ppl if budget_ppl is not None else budget_loss
     if budget_ppl is not None and budget_loss is not None:
         raise UsageError("--budget-loss and --budget-ppl are two ways to say one thing; give one of them")
-    if budget is not None and len(given) < 2:
+    if budget is not None and not (stats and sensitivity):
         raise UsageError("a budget needs --stats and --sensitivity; make them with nmonnx calibrate and sensitivity")
     recipes, impossible = Grid.read(config, flags).build(given)
     if not recipes:
@@ -126,9 +131,8 @@ def command(
     tokens = encode(load_tokenizer(tokenizer, beside=model), read_text(text))
     words = Console(stderr=True)
     with sweep_folder(output):
-        how = protocol(
-            model, tokens, output, stats, sensitivity, window, windows, skip_windows, threads or workers.threads()
-        )
+        cut = (window, windows, skip_windows, threads or workers.threads())
+        how = protocol(model, tokens, output, stats, sensitivity, *cut, gradients)
         dense = Job(how, None, output.absolute())
         wanted = {label: replace(dense, recipe=recipe) for label, recipe in recipes.items()}
         with (
