@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from nmonnx.digest import file_sha256
 from nmonnx.errors import InputError, UsageError
+from nmonnx.fit_match import check_fit, with_shifts
 from nmonnx.graph import Model, load
 from nmonnx.passes import PassResult, pipeline, run
 from nmonnx.recipe import Recipe
@@ -19,6 +20,7 @@ from nmonnx.sites import AT_RUN_TIME, Found, Selection, block_selectors, convert
 from nmonnx.treatment import Plan, plan
 
 if TYPE_CHECKING:
+    from nmonnx.corrections import Corrections
     from nmonnx.gradients import Gradients
     from nmonnx.sensitivity_record import Sensitivity
     from nmonnx.stats import Stats
@@ -70,14 +72,16 @@ def convert(
     stats: Stats | None = None,
     sensitivity: Sensitivity | None = None,
     gradients: Gradients | None = None,
+    fit: Corrections | None = None,
 ) -> Conversion:
     """Write a copy of the model at `source` to `out` whose chosen linear layers prune their input. With `out` None
-    nothing is written. `stats`, `sensitivity` and `gradients` are what `recipe.needs` asks for, measured on `source`.
+    nothing is written. `stats`, `sensitivity` and `gradients` are what `recipe.needs` asks for, measured on `source`;
+    `fit` is what `nmonnx fit` found for this model and recipe, and is folded.
 
     Raises InputError when the source is not a usable model, UsageError when the recipe does not fit it, when what it
     needs is missing or comes from another model, or a file is in the way, ModelError when writing fails.
     """
-    model, done = rewrite(source, recipe, stats, sensitivity, gradients)
+    model, done = rewrite(source, recipe, stats, sensitivity, gradients, fit)
     if out is None:
         return done
     return replace(done, out=save(model, out, overwrite, _sidecars(model.path, Path(out))))
@@ -89,6 +93,7 @@ def rewrite(
     stats: Stats | None = None,
     sensitivity: Sensitivity | None = None,
     gradients: Gradients | None = None,
+    fit: Corrections | None = None,
 ) -> tuple[Model, Conversion]:
     """The edited model that `convert` writes, not written yet. Raises InputError and UsageError as `convert` does."""
     model = load(source)
@@ -99,9 +104,14 @@ def rewrite(
     exclude = (*recipe.exclude, *block_selectors(found, recipe.dense_blocks))
     selection = select(found, recipe.include, exclude, recipe.lm_head)
     _refuse_nothing(model.path, found, selection)
-    _refuse_foreign(model.path, {"statistics": stats, "sensitivity": sensitivity, "gradients": gradients})
+    _refuse_foreign(
+        model.path, {"statistics": stats, "sensitivity": sensitivity, "gradients": gradients, "corrections": fit}
+    )
+    check_fit(recipe, fit)
     planned = plan(recipe, found, selection.chosen, stats, sensitivity, gradients)
-    results = run(pipeline(recipe, planned, selection.left), model, selection.chosen)
+    if fit is not None:
+        planned = with_shifts(planned, fit)
+    results = run(pipeline(recipe, planned, selection.left, fit), model, selection.chosen)
     records = tuple(json.loads(model.metadata["nmonnx.sites"]))
     return model, Conversion(Path(source), recipe, found, selection, planned, tuple(results), records, None)
 
@@ -136,8 +146,8 @@ def _refuse_nothing(path: Path, found: Found, selection: Selection) -> None:
     raise UsageError(f"{path}: nothing to prune, all {len(linears)} linear layers are left: {reasons}{seen}")
 
 
-def _refuse_foreign(path: Path, measured: Mapping[str, Stats | Sensitivity | Gradients | None]) -> None:
-    source = file_sha256(path) if any(measured.values()) else ""
+def _refuse_foreign(path: Path, measured: Mapping[str, Stats | Sensitivity | Gradients | Corrections | None]) -> None:
+    source = file_sha256(path) if any(m is not None for m in measured.values()) else ""
     for what, given in measured.items():
         if given is not None and given.source != source:
             raise UsageError(

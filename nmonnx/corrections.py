@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 
+from nmonnx.corrections_file import read_about, read_parts, write_parts
 from nmonnx.errors import InputError
 from nmonnx.save import staging
 
 _FORMAT = "nmonnx.corrections/1"
-_ABOUT = "about"
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,28 +66,42 @@ class Corrections:
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Path:
-        """Write one .npz file. Raises ModelError when it cannot be written."""
+        """Write one .npz file, a site at a time. Raises ModelError when it cannot be written."""
         path = Path(path)
-        about = {key: getattr(self, key) for key in ("source", "recipe", "protocol", "refused")}
-        arrays = {f"{name}\n{key}": a for name, site in self.sites.items() for key, a in site.arrays().items()}
-        arrays[_ABOUT] = np.array(json.dumps({"format": _FORMAT, "sites": list(self.sites), **about}))
+        about = {key: getattr(self, key) for key in ("source", "recipe", "protocol")}
+        about |= {"format": _FORMAT, "refused": dict(self.refused)}
         with staging(path) as staged:
-            np.savez(staged.open(path), **arrays)  # type: ignore[arg-type]
+            write_parts(staged.open(path), about, ((name, site.arrays()) for name, site in self.sites.items()))
         return path
 
     @classmethod
     def load(cls, path: str | Path) -> Corrections:
-        """Read what `save` wrote. Raises InputError when the file is missing, damaged or something else."""
+        """Read what `save` wrote; the arrays stay on disk until a site is asked for. Raises InputError when the file
+        is missing, damaged or something else."""
         try:
-            with np.load(path, allow_pickle=False) as file:
-                about = json.loads(str(file[_ABOUT]))
-                if about.pop("format") != _FORMAT:
-                    raise KeyError("format")
-                parts: dict[str, dict[str, np.ndarray]] = {name: {} for name in about.pop("sites")}
-                for key in file.files:
-                    if key != _ABOUT:
-                        name, _, part = key.rpartition("\n")
-                        parts[name][part] = file[key]
-            return cls({name: Correction.of_arrays(part) for name, part in parts.items()}, **about)
+            about, parts = read_about(Path(path))
+            if about.pop("format") != _FORMAT:
+                raise KeyError("format")
+            return cls(_OnDisk(Path(path), parts), **about)
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
             raise InputError(f"{path} holds no corrections; make them with 'nmonnx fit' ({e})") from e
+
+
+class _OnDisk(Mapping[str, Correction]):
+    """The sites of a file, each read anew when it is asked for."""
+
+    def __init__(self, path: Path, parts: dict[str, list[str]]) -> None:
+        self._path, self._parts = path, parts
+
+    def __getitem__(self, name: str) -> Correction:
+        parts = self._parts[name]
+        try:
+            return Correction.of_arrays(read_parts(self._path, name, parts))
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as e:
+            raise InputError(f"{self._path}: the correction of layer {name!r} cannot be read ({e}); fit again") from e
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,12 +40,30 @@ class Transposed:
     source: TensorProto
 
     @property
-    def dims(self) -> list[int]:
-        return list(self.source.dims)[::-1]
+    def elem(self) -> int:
+        return self.source.data_type
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return tuple(self.source.dims)[::-1]
 
     @property
     def how(self) -> str:
         return "transposed"
+
+
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """A new initializer whose values are made when they are wanted, so that no two weights are in memory at a time.
+
+    elem, dims   TensorProto element type and shape
+    values       the array, of that type and shape; called once for each time that it is needed
+    """
+
+    name: str
+    elem: int
+    dims: tuple[int, ...]
+    values: Callable[[], np.ndarray]
 
 
 @dataclass(eq=False)
@@ -57,12 +75,15 @@ class Model:
     tensors   reader of the weights, which stay on disk
     constants new small initializers, by name
     repacked  new initializers made from stored weights, by name
+    computed  new initializers of any size whose values are made as the model is saved, by name
     functions model-local functions to add
     metadata  entries to add to the model's metadata_props
     notes     metadata_props that passes add to nodes, by id(gs node)
     heirs     for a node that took the place of an original one: that one, whose metadata and doc string go on
     declared  new constants that do something: name -> {input of the op, sha256 of the values, tensor that it replaces}
     shapeless tensors whose recorded shape is dropped, because something now computes with it
+    ends      site name -> the tensor that has the layer's result, where nodes were added behind its `NMMatMul`
+    settled   names of sites whose bias makes up for their shift already
     """
 
     path: Path
@@ -71,12 +92,15 @@ class Model:
     tensors: TensorReader
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     repacked: dict[str, Transposed | PrunedWeight] = field(default_factory=dict)
+    computed: dict[str, Computed] = field(default_factory=dict)
     functions: list[onnx.FunctionProto] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
     notes: dict[int, dict[str, str]] = field(default_factory=dict)
     heirs: dict[int, NodeProto] = field(default_factory=dict)
     declared: dict[str, dict[str, str]] = field(default_factory=dict)
     shapeless: set[str] = field(default_factory=set)
+    ends: dict[str, str] = field(default_factory=dict)
+    settled: set[str] = field(default_factory=set)
     origin: dict[int, NodeProto] = field(default_factory=dict)
 
     @property

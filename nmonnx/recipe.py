@@ -12,6 +12,7 @@ import yaml
 from nmonnx.criteria import CALIBRATED, CRITERIA
 from nmonnx.emulated import DYNAMIC, SCOPES, emulated_op
 from nmonnx.errors import InputError, UsageError
+from nmonnx.mitigations import FITTED, check_together
 from nmonnx.pattern import Pattern, Share
 from nmonnx.shifts import CENTERS, SHIFTS
 
@@ -20,7 +21,7 @@ FALLBACKS = ("function", "none")
 SHARES = ("joint", "separate")
 PRUNED = ("activations", "weights")
 ORDERS = ("none", "deal", "swap")
-MITIGATIONS = (*SHIFTS, *CENTERS, "var")
+MITIGATIONS = (*SHIFTS, *CENTERS, "var", *FITTED)
 ALLOCATIONS = ("uniform", "forward", "fisher")
 DEFAULT_PATTERN = Pattern(8, 16)
 SCHEMA_VERSION = 1
@@ -56,7 +57,9 @@ class Recipe:
               channels that are wanted in the same tokens are parted; "none": as they lie
     mitigations corrections: one of `nmonnx.shifts.SHIFTS`, such as "s-pts" (shift by the calibrated mean of each
               channel, folded into biases), or "d-pts" (by the median of each token) or "d-pts-mean" (by its mean);
-              "var" (restore the variance of each token, that of what is left after the shift)
+              "var" (restore the variance of each token, that of what is left after the shift); and those whose
+              constants `nmonnx fit` finds, see `nmonnx.mitigations`
+    rank      of the low rank that "r-sparse" keeps dense
     allocate  "forward": a kept N for each layer, from its measured sensitivity, at the weight bytes of `pattern`;
               "fisher": the same from the measured gradients of the loss;
               "uniform": the same N everywhere
@@ -78,6 +81,7 @@ class Recipe:
     share: str = "joint"
     order: str = "none"
     mitigations: tuple[str, ...] = ()
+    rank: int = 64
     allocate: str = "uniform"
     patterns: tuple[tuple[str, Pattern], ...] = ()
     kernel: str = "auto"
@@ -93,6 +97,9 @@ class Recipe:
         if unknown:
             raise UsageError(f"mitigation {unknown[0]!r} is not one of {', '.join(MITIGATIONS)}")
         self._refuse_two_shifts()
+        check_together(self.mitigations)
+        if self.rank < 1:
+            raise UsageError(f"rank {self.rank} must be 1 or more")
         if self.patterns and self.allocate != "uniform":
             raise UsageError("patterns for single layers and an allocation exclude each other; give one of them")
 
@@ -146,6 +153,11 @@ class Recipe:
             raise UsageError(f"{what}: an order of the channels cannot be or does not matter")
         if self.scope == "threshold" and any(p.n == p.m for p in (self.pattern, *(p for _, p in self.patterns))):
             raise UsageError("a threshold that keeps 100% is none; take less")
+
+    @property
+    def fitted(self) -> tuple[str, ...]:
+        """The mitigations that need `nmonnx fit`."""
+        return tuple(m for m in self.mitigations if m in FITTED)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -206,9 +218,10 @@ def _value(key: str, value: object, where: str) -> Any:
         if not isinstance(value, dict) or not all(isinstance(selector, str) for selector in value):
             raise UsageError(f"{where}: patterns must map selectors to patterns, such as 'down: 12:16', not {value!r}")
         return tuple((selector, Pattern.parse(_pattern_text(text))) for selector, text in value.items())
-    expected = bool if key == "lm_head" else str
-    if not isinstance(value, expected):
-        raise UsageError(f"{where}: {key} must be {'true or false' if expected is bool else 'a word'}, not {value!r}")
+    expected = {"lm_head": bool, "rank": int}.get(key, str)
+    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        words = {bool: "true or false", int: "a whole number", str: "a word"}
+        raise UsageError(f"{where}: {key} must be {words[expected]}, not {value!r}")
     return value
 
 

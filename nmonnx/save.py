@@ -15,7 +15,7 @@ from onnx import TensorProto
 from onnx.external_data_helper import set_external_data
 
 from nmonnx.errors import InputError, ModelError, UsageError
-from nmonnx.graph import Model, Transposed
+from nmonnx.graph import Model
 from nmonnx.tensors import all_tensors, byte_size, is_external
 from nmonnx.weave import weave
 from nmonnx.weight_pruning import PrunedWeight
@@ -33,7 +33,7 @@ def save(
     """Write the edited model to `out`, with its weights where they belong:
 
     1. A model without external data stays one file.
-    2. Written into the folder of the original, it shares the original's data files; repacked weights go to
+    2. Written into the folder of the original, it shares the original's data files; new weights go to
        OUT.data. Written anywhere else, every weight is copied to OUT.data, shared ranges once, unused bytes
        not at all, so that the folder stands alone.
     3. Offsets are multiples of 64 bytes, of 4096 for tensors of 1 MiB and more.
@@ -53,10 +53,10 @@ def save(
     moved = [] if _may_share(model, out) else external
     if too_big:
         moved = moved + [t for t in inside if _is_large(t)]
-    repacked = [t for t in proto.graph.initializer if t.name in model.repacked]
-    if not external and not too_big:
+    repacked = [t for t in proto.graph.initializer if t.name in model.repacked or t.name in model.computed]
+    if not too_big and not any(is_external(t) for t in all_tensors(model.proto)):
         for tensor in repacked:
-            tensor.raw_data = b"".join(_made(model, model.repacked[tensor.name]))
+            tensor.raw_data = b"".join(_made(model, tensor.name))
         repacked = []
     if moved or repacked:
         refuse_clash(data, inputs, overwrite)
@@ -118,7 +118,7 @@ def _write_data(model: Model, moved: list[TensorProto], repacked: list[TensorPro
         _point(tensor, name, start, size)
     for tensor in repacked:
         start = _pad(file, byte_size(tensor))
-        for block in _made(model, model.repacked[tensor.name]):
+        for block in _made(model, tensor.name):
             file.write(block)
         _point(tensor, name, start, byte_size(tensor))
 
@@ -153,15 +153,16 @@ def _point(tensor: TensorProto, location: str, offset: int, length: int) -> None
     tensor.ClearField("raw_data")
 
 
-def _made(model: Model, new: Transposed | PrunedWeight) -> Iterator[bytes]:
-    if isinstance(new, PrunedWeight):
-        yield new.values(model.tensors.array(new.source)).tobytes()
-    else:
-        yield from _transposed(model, new)
-
-
-def _transposed(model: Model, new: Transposed) -> Iterator[bytes]:
+def _made(model: Model, name: str) -> Iterator[bytes]:
+    """The bytes of a weight that is transposed, pruned or computed only now."""
+    if name in model.computed:
+        yield np.ascontiguousarray(model.computed[name].values()).tobytes()
+        return
+    new = model.repacked[name]
     stored = model.tensors.array(new.source)
+    if isinstance(new, PrunedWeight):
+        yield new.values(stored).tobytes()
+        return
     rows = max(1, _CHUNK // max(1, stored.shape[0] * stored.itemsize))
     for at in range(0, stored.shape[1], rows):
         yield np.ascontiguousarray(stored[:, at : at + rows].T).tobytes()

@@ -9,11 +9,12 @@ import onnx_graphsurgeon as gs
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
 from nmonnx.errors import InputError
-from nmonnx.graph import DOMAIN, DOMAIN_VERSION, Model
+from nmonnx.graph import DOMAIN, DOMAIN_VERSION, Computed, Model, Transposed
+from nmonnx.weight_pruning import PrunedWeight
 
 
 def weave(model: Model) -> ModelProto:
-    """The model as edited, as a new protobuf. Repacked weights appear with type and shape but without data
+    """The model as edited, as a new protobuf. Repacked and computed weights appear with type and shape but without data
     (`nmonnx.save` writes that); weights that nothing reads any more are dropped.
 
     1. Untouched nodes are the original protobufs, byte for byte; a node whose wiring changed keeps everything else.
@@ -25,7 +26,8 @@ def weave(model: Model) -> ModelProto:
     proto.CopyFrom(model.proto)
     _weave_graph(proto.graph, model.graph, model)
     new = [numpy_helper.from_array(values, name) for name, values in model.constants.items()]
-    new += [onnx.TensorProto(name=t.name, data_type=t.source.data_type, dims=t.dims) for t in model.repacked.values()]
+    later: list[Transposed | PrunedWeight | Computed] = [*model.repacked.values(), *model.computed.values()]
+    new += [onnx.TensorProto(name=t.name, data_type=t.elem, dims=t.dims) for t in later]
     read = _reads(proto.graph)
     proto.graph.initializer.extend(t for t in new if t.name in read)
     for body, function in zip(proto.functions, model.graph.functions, strict=True):

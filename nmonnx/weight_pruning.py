@@ -24,8 +24,12 @@ class PrunedWeight:
     channels: int
 
     @property
-    def dims(self) -> list[int]:
-        return list(self.source.dims)
+    def elem(self) -> int:
+        return self.source.data_type
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return tuple(self.source.dims)
 
     @property
     def how(self) -> str:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from nmonnx.corrections import Corrections
 from nmonnx.graph import Model
 from nmonnx.passes.emit_functions import EmitFunctions
 from nmonnx.passes.emulate_prune import EmulatePrune
 from nmonnx.passes.fold_center import FoldCenter
+from nmonnx.passes.fold_corrections import FoldCorrections
 from nmonnx.passes.fold_shift import FoldShift
 from nmonnx.passes.fuse_matmul import FuseMatMul
 from nmonnx.passes.insert_prune import InsertPrune
@@ -27,6 +29,7 @@ __all__ = [
     "EmitFunctions",
     "EmulatePrune",
     "FoldCenter",
+    "FoldCorrections",
     "FoldShift",
     "FuseMatMul",
     "InsertPrune",
@@ -52,15 +55,18 @@ class Pass(Protocol):
     def apply(self, model: Model, sites: Sequence[Site]) -> PassResult: ...
 
 
-def pipeline(recipe: Recipe, plan: Plan, left: Sequence[Skipped] = ()) -> tuple[Pass, ...]:
+def pipeline(
+    recipe: Recipe, plan: Plan, left: Sequence[Skipped] = (), corrections: Corrections | None = None
+) -> tuple[Pass, ...]:
     """What `convert` runs, in order. `plan` says how each layer is pruned; `left` are the linear layers that stay
-    dense, for the record."""
+    dense, for the record; `corrections` are folded."""
     op = recipe.emulated
     if recipe.prune == "weights":
         return (PruneWeights(plan.treatments), Stamp(recipe, tuple(left)))
     return (
         EmulatePrune(op, plan.treatments) if op else InsertPrune(plan.treatments),
         FuseMatMul("prune" if op else recipe.kernel),
+        FoldCorrections(corrections),
         FoldShift(),
         FoldCenter(),
         EmitFunctions(recipe.fallback),

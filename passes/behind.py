@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from nmonnx.graph import Model
-from nmonnx.passes.surgery import Names, nodes_of_sites, note
+from nmonnx.passes.surgery import Constants, Names, nodes_of_sites, note
 from nmonnx.sites import Site
 
 _PLAIN = {
@@ -84,11 +84,17 @@ def product_with(site: Site, rows: np.ndarray) -> np.ndarray | str:
 
 
 def add_behind(
-    model: Model, names: Names, site: Site, made_by: str, addend: gs.Tensor, center: gs.Tensor | None = None
-) -> None:
-    """Add `addend` [N], or center [..., 1] * addend, to what the layer makes; its readers see the sum under the old
-    name. The product with a center is in float32 where the layer is in float16."""
-    end = end_of(site)
+    model: Model,
+    names: Names,
+    site: Site,
+    made_by: str,
+    addend: gs.Tensor,
+    center: gs.Tensor | None = None,
+    end: gs.Node | None = None,
+) -> gs.Node:
+    """Add `addend`, or center [..., 1] * addend [N], to what `end` makes, by default the layer; its readers see the sum
+    under the old name. The product with a center is in float32 where the layer is in float16. Returns the last node."""
+    end = end or end_of(site)  # type: ignore[assignment]
     assert isinstance(end, gs.Node)
     old = end.outputs[0]
     end.outputs[0] = gs.Variable(names.fresh_tensor(f"{old.name}/before"))
@@ -111,6 +117,22 @@ def add_behind(
         add("Cast", [total], old, to=TensorProto.FLOAT16)
     else:
         add("Add", [product, add("Mul", [center, addend])], old)
+    return old.inputs[0]
+
+
+def low_rank(
+    model: Model, names: Names, constants: Constants, site: Site, made_by: str, factors: tuple[np.ndarray, np.ndarray]
+) -> gs.Tensor:
+    """x A B of the dense activation x, by two MatMuls; `factors` are A [K, r] and B [r, N] in the type of x."""
+    x = site.activation
+    for side, factor in zip("ab", factors, strict=True):
+        product = gs.Variable(names.fresh_tensor(f"{site.name}/low_{side}/product"))
+        stored = constants.declare(site.scope, f"{site.name}/low_{side}", f"low_{side}", factor)
+        node = gs.Node("MatMul", names.fresh_node(f"{site.name}/low_{side}"), {}, [x, stored], [product])
+        site.graph.nodes.append(node)
+        note(model, node, made_by, [site])
+        x = product
+    return x
 
 
 def _claims_sizes(shape: Sequence[int | str] | None, n: int) -> bool:

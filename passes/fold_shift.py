@@ -15,7 +15,7 @@ from nmonnx.graph import Model
 from nmonnx.passes.behind import Edit, add_behind, end_of, product_with, settle
 from nmonnx.passes.bodies import INPUTS
 from nmonnx.passes.result import PassResult
-from nmonnx.passes.surgery import Constants, Names, brought_by, remove_dead
+from nmonnx.passes.surgery import Constants, Names, brought_by, nodes_of_sites, remove_dead
 from nmonnx.sites import Site
 
 
@@ -40,9 +40,28 @@ class FoldShift:
         def plan(site: Site, node: gs.Node) -> Edit | str:
             return self._plan(model, names, constants, site, node)
 
+        open_ = [site for site in sites if site.name not in model.settled]
         return PassResult(
-            self.name, *settle(model, sites, lambda node: "shift" in brought_by(node), plan, partial(_drop, model))
+            self.name, *settle(model, open_, lambda node: "shift" in brought_by(node), plan, partial(_drop, model))
         )
+
+    def refusals(self, model: Model, sites: Sequence[Site]) -> dict[str, str]:
+        """Site name -> the reason, for those that would lose their shift."""
+        names = Names(model)
+        constants, nodes = Constants(model, names), dict(nodes_of_sites(model))
+        served = {site.name: (site, nodes[site.name]) for site in sites if site.name in nodes}
+        plans = {
+            name: self._plan(model, names, constants, site, node)
+            for name, (site, node) in served.items()
+            if "shift" in brought_by(node)
+        }
+        alone = {name: plan for name, plan in plans.items() if isinstance(plan, str)}
+        because = {id(served[name][1]): (name, reason) for name, reason in alone.items()}
+        return {
+            name: alone.get(name, "its prune serves {!r} too: {}".format(*because[id(served[name][1])]))
+            for name in plans
+            if id(served[name][1]) in because
+        }
 
     def _plan(self, model: Model, names: Names, constants: Constants, site: Site, node: gs.Node) -> Edit | str:
         fused = node.op == "NMMatMul"
@@ -55,7 +74,7 @@ class FoldShift:
         if own is None:
             return f"its bias {old!r} is no constant that can be read"
         try:
-            made = product_with(site, _shift_of(model, node))
+            made = product_with(site, shift_of(model, node))
         except InputError as e:
             return str(e)
         if isinstance(made, str):
@@ -94,7 +113,7 @@ def _drop(model: Model, node: gs.Node) -> None:
         remove_dead(model, shift.inputs)  # in a function, where it is a node
 
 
-def _shift_of(model: Model, node: gs.Node) -> np.ndarray:
+def shift_of(model: Model, node: gs.Node) -> np.ndarray:
     """The values that `InsertPrune` gave, an initializer or, in a function, a Constant."""
     tensor = node.inputs[INPUTS[node.op].index("shift")]
     if tensor.name in model.constants:

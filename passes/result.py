@@ -10,11 +10,13 @@ class PassResult:
     """name      the pass
     changed   how many things it changed
     left      site name (or "model") -> why the pass left it alone
+    bytes     how much larger it made the weights of the model
     """
 
     name: str
     changed: int = 0
     left: dict[str, str] = field(default_factory=dict)
+    bytes: int = 0
 
     @property
     def modified(self) -> bool:

@@ -66,7 +66,7 @@ def _pruned(model: Model, site: Site, node: gs.Node) -> dict[str, object]:
         "pattern": pattern_text(node.attrs["keep"], node.attrs["group"]),
         "kernel": node.op,
         "activation": site.activation.name,
-        "output": node.outputs[0].name if node.op == "NMMatMul" else model.origin[id(site.node)].output[0],
+        "output": _output(model, site, node),
         "scope": site.scope,
     }
 
@@ -86,6 +86,13 @@ def _weight_pruned(site: Site, pattern: str) -> dict[str, object]:
         "output": site.output,
         "scope": site.scope,
     }
+
+
+def _output(model: Model, site: Site, node: gs.Node) -> str:
+    """The tensor that has the layer's result, in the original and here."""
+    if node.op == "NMMatMul":
+        return model.ends.get(site.name, node.outputs[0].name)
+    return model.origin[id(site.node)].output[0]
 
 
 def _left(skipped: Skipped) -> dict[str, object]:

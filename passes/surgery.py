@@ -20,7 +20,7 @@ class Names:
 
     def __init__(self, model: Model) -> None:
         self._nodes: set[str] = set()
-        self._tensors: set[str] = {*model.constants, *model.repacked}
+        self._tensors: set[str] = {*model.constants, *model.repacked, *model.computed}
         for _, graph in model.scopes():
             self._nodes.update(node.name for node in graph.nodes)
             self._tensors.update(graph.tensors())

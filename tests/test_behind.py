@@ -92,7 +92,7 @@ def test_a_layer_gives_what_the_original_makes_of_the_moved_activation_and_the_r
     source, out, done = converted(
         tmp_path, layer((FLOAT | QUANTISED)[spelling], kind), kernel=kernel, mitigations=[mitigation]
     )
-    assert [p.left for p in done.passes if p.name.startswith("fold")] == [{}, {}]
+    assert [p.left for p in done.passes if p.name.startswith("fold")] == [{}, {}, {}]
     x = (weights(9, K, seed=7) + 1).astype(kind)
     site = find_sites(load(source)).sites[0]
     given, eta = moved(x, done, site.name)

@@ -99,6 +99,12 @@ def command(
         Optional[Path],  # noqa: UP045
         typer.Option(help="What 'nmonnx gradients' measured on MODEL (.npz).", show_default=False),
     ] = None,
+    fit: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="Corrections that 'nmonnx fit' found for MODEL (.npz); brings its recipe.", show_default=False
+        ),
+    ] = None,
     kernel: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="auto, fused (NMMatMul wherever possible) or prune (NMPrune only). [default: auto]"),
@@ -122,6 +128,8 @@ def command(
     N is the number KEPT: 4:16 keeps 4 of 16 (Wanda, SparseGPT and llm-compressor count the zeroed ones).
     """
     from nmonnx.convert import convert
+    from nmonnx.corrections import Corrections
+    from nmonnx.fit_match import recipe_of
     from nmonnx.recipe import Recipe
 
     check_format(report)
@@ -143,13 +151,16 @@ def command(
     }
     given = {key: value for key, value in flags.items() if value is not None and value != []}
     flags = {**preset_named(preset), **given} if preset else given
+    found = Corrections.load(fit) if fit else None
+    if found and not config and not preset:
+        flags = {**recipe_of(found), **flags}
     recipe = Recipe.read(config, flags) if config else Recipe.from_dict(flags, "convert")
     if output is None:
         output = model.with_name(f"{model.stem}-{str(recipe.pattern).replace(':', 'x').replace('%', 'pct')}.onnx")
     if output.suffix != ".onnx":
         raise UsageError(f"--output {output}: the name must end in .onnx")
     measured = _measured(stats, sensitivity, gradients)
-    done = convert(model, None if dry_run else output, recipe, overwrite, *measured)
+    done = convert(model, None if dry_run else output, recipe, overwrite, *measured, found)
     tell(conversion(done, verbose), report, quiet)
 
 
@@ -204,7 +215,7 @@ def conversion(done: Conversion, verbose: bool = False) -> Report:
         "output": str(done.out) if done.out else None,
         "recipe": json.loads(done.recipe.to_json()),
         "sites": list(done.records),
-        "passes": [{"name": p.name, "changed": p.changed, "left": p.left} for p in done.passes],
+        "passes": [{"name": p.name, "changed": p.changed, "left": p.left, "bytes": p.bytes} for p in done.passes],
     }
     return Report(title, tuple(words), (each if verbose else by_role,), data, (done.source,))
 
@@ -226,6 +237,7 @@ def _how_chosen(done: Conversion, pruned: list[dict[str, Any]]) -> list[str]:
         words.append(f"Criterion {recipe.criterion}, {recipe.share} for the layers of one activation.")
     if recipe.mitigations:
         words.append(f"Mitigations: {', '.join(recipe.mitigations)}.")
+    words += _how_corrected(done)
     for what in ("shift", "center"):
         unfolded = _left_by(done, f"fold-{what}")
         words += [f"Without {what}: {_times(n)}: {why}." for why, n in unfolded.items()]
@@ -263,6 +275,17 @@ def _what_the_order_spares(done: Conversion) -> str:
         f"{words}: pruning drops {order:.2f} % of the squared scores of the calibration tokens, {lie:.2f} % as the"
         f" channels lie; no order drops less than {bound:.2f} % (unstructured). Mean over layers."
     )
+
+
+def _how_corrected(done: Conversion) -> list[str]:
+    fold = next(p for p in done.passes if p.name == "fold-corrections")
+    if not fold.changed and not fold.left:
+        return []
+    short = Counter("".join(why.partition(" would be")[:2]) for why in fold.left.values())
+    words = [f"Corrections folded: {_times(fold.changed)}; {fold.bytes:+,} bytes of weights."]
+    return words + [
+        f"Not folded: {_times(n)}: {why}{' higher' * why.endswith(' would be')}." for why, n in short.items()
+    ]
 
 
 def _why_left(left: list[dict[str, Any]]) -> Counter[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,28 +16,38 @@ from nmonnx.tensors import TensorReader
 from nmonnx.validate.claims import Declared
 from nmonnx.validate.scopes import Scopes
 
-MADE_BY = ("fold-shift", "fold-center")
+MADE_BY = ("fold-shift", "fold-center", "fold-corrections")
 """Passes whose nodes these are."""
 
 
 @dataclass(frozen=True)
 class Addition:
-    """What is added to the output of one layer: `values` [N], or the center of each token times `values`. The sum is
-    the tensor `total`."""
+    """What is added to the output of one layer: `values` [N], or the center of each token times `values`, and x A B of
+    the tensor `low_of` with (A, B) = `low`. The sum is the tensor `total`."""
 
-    centered: bool
-    values: np.ndarray
     total: str
+    values: np.ndarray | None = None
+    centered: bool = False
+    low: tuple[np.ndarray, np.ndarray] | None = None
+    low_of: str = ""
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """`product` + [`center` *] `constant` -> `total`, tensor names."""
+    """`product` + [`center` *] `constant` + `low_of` `low_a` `low_b` -> `total`, tensor names; "" is not there."""
 
     product: str
     total: str
-    constant: str
+    constant: str = ""
     center: str = ""
+    low_of: str = ""
+    low_a: str = ""
+    low_b: str = ""
+
+    def constants(self) -> dict[str, str]:
+        """What the file must declare: tensor -> what it is."""
+        found = {self.constant: "row_sum" if self.center else "added", self.low_a: "low_a", self.low_b: "low_b"}
+        return {name: slot for name, slot in found.items() if name}
 
 
 def take_off(
@@ -46,29 +57,33 @@ def take_off(
 
     1. Only nodes that say that they are such an addition are looked at, and only exactly these go: an Add of a constant
        that the file declares; or an Add of such a constant times the second output of the layer's `NMPrune`, in
-       float32 between Casts where the layer is in float16.
-    2. The layer's product must have no other reader; it gets the name of the sum back.
+       float32 between Casts where the layer is in float16; or an Add of two MatMuls with such constants.
+    2. The layer's product must have no other reader, nor what lies between; it gets the name of the sum back.
     3. Whatever differs stays, for others to find unexplained.
     """
     if not any(_mark(node) for nodes in _lists(proto) for node in nodes):
         return proto, {}
     plain = ModelProto()
     plain.CopyFrom(proto)
-    scopes, found, constants = Scopes(plain), {}, set()
+    scopes, found = Scopes(plain), {}
+    constants: set[str] = set()
     readers, centers = scopes.readers(), _centers(scopes)
     for scope in scopes:
         for site, nodes in _marked(scope.nodes).items():
             parts = _parts(nodes)
-            values = _values(scopes, reader, scope.path, parts.constant) if parts else None
-            if parts is None or values is None or not _is_declared(declared, parts, values):
+            values = _values(scopes, reader, scope.path, parts, declared) if parts else None
+            if parts is None or values is None:
                 continue
             maker = scope.makers.get(parts.product)
-            alone = parts.product not in scope.outputs and len(readers[scope.path, parts.product]) == 1
+            between = {parts.product, *(node.output[0] for node in nodes)} - {parts.total}
+            reads = Counter(name for node in nodes for name in node.input)
+            alone = all(len(readers.get((scope.path, t), ())) == reads[t] and t not in scope.outputs for t in between)
             if maker is None or not alone or (parts.center and site not in centers.get(parts.center, ())):
                 continue
             maker.output[list(maker.output).index(parts.product)] = parts.total
-            found[site] = Addition(bool(parts.center), values, parts.total)
-            constants.add(parts.constant)
+            low = (values[parts.low_a], values[parts.low_b]) if parts.low_of else None
+            found[site] = Addition(parts.total, values.get(parts.constant), bool(parts.center), low, parts.low_of)
+            constants |= parts.constants().keys()
             for node in nodes:
                 node.domain = _GONE
     _clean(plain, constants)
@@ -111,9 +126,8 @@ def _parts(nodes: Sequence[NodeProto]) -> _Parts | None:
         return None
     total = ends[0].output[0]
     kinds = sorted(node.op_type for node in nodes)
-    if kinds == ["Add"]:
-        product, constant = ends[0].input
-        return _Parts(product, total, constant)
+    if set(kinds) <= {"Add", "MatMul"}:
+        return _plain_parts(ends[0], made, kinds)
     wide = kinds == ["Add", "Cast", "Cast", "Cast", "Mul"]
     if not wide and kinds != ["Add", "Mul"]:
         return None
@@ -132,6 +146,25 @@ def _parts(nodes: Sequence[NodeProto]) -> _Parts | None:
     return _Parts(product, total, mul.input[1], center)
 
 
+def _plain_parts(end: NodeProto, made: Mapping[str, NodeProto], kinds: Sequence[str]) -> _Parts | None:
+    """A constant, a low rank, or first the one and then the other."""
+    low: dict[str, str] = {}
+    product, addend = end.input
+    outer = made.get(addend)
+    if outer is not None:
+        inner = made.get(outer.input[0])
+        if inner is None or (outer.op_type, inner.op_type) != ("MatMul", "MatMul"):
+            return None
+        low = {"low_of": inner.input[0], "low_a": inner.input[1], "low_b": outer.input[1]}
+    first = made.get(product) if low else None
+    if kinds != ["Add"] * (1 + (first is not None)) + ["MatMul"] * len(low and "ab"):
+        return None
+    if first is not None:
+        product, addend = first.input
+    constant = addend if first is not None or not low else ""
+    return _Parts(product, end.output[0], constant, **low)
+
+
 def _to(cast: NodeProto) -> int:
     return next((a.i for a in cast.attribute if a.name == "to"), 0)
 
@@ -148,7 +181,20 @@ def _centers(scopes: Scopes) -> dict[str, list[str]]:
     return found
 
 
-def _values(scopes: Scopes, reader: TensorReader, path: str, name: str) -> np.ndarray | None:
+def _values(
+    scopes: Scopes, reader: TensorReader, path: str, parts: _Parts, declared: Mapping[str, Declared]
+) -> dict[str, np.ndarray] | None:
+    """The constants by name; None when one is not stored as it is declared."""
+    found = {}
+    for name, slot in parts.constants().items():
+        values, known = _stored(scopes, reader, path, name), declared.get(name)
+        if values is None or known is None or (known.input, known.sha256) != (slot, array_sha256(values)):
+            return None
+        found[name] = values
+    return found
+
+
+def _stored(scopes: Scopes, reader: TensorReader, path: str, name: str) -> np.ndarray | None:
     key = scopes.find(path, name)
     stored, maker = (scopes.initializer(key), scopes.maker(key)) if key else (None, None)
     if stored is not None:
@@ -156,12 +202,6 @@ def _values(scopes: Scopes, reader: TensorReader, path: str, name: str) -> np.nd
     if maker is not None and maker.op_type == "Constant" and maker.attribute[0].name == "value":
         return numpy_helper.to_array(maker.attribute[0].t)
     return None
-
-
-def _is_declared(declared: Mapping[str, Declared], parts: _Parts, values: np.ndarray) -> bool:
-    known = declared.get(parts.constant)
-    slot = "row_sum" if parts.center else "added"
-    return known is not None and (known.input, known.sha256) == (slot, array_sha256(values))
 
 
 def _clean(proto: ModelProto, constants: set[str]) -> None:

@@ -52,12 +52,14 @@ class Declared:
 @dataclass(frozen=True)
 class Claims:
     """changed: new initializer -> (original initializer, how it was made from it)
-    constants: new constants that do something, by name"""
+    constants: new constants that do something, by name
+    fitted: layers whose correction was folded, with its parts"""
 
     recipe: Recipe
     sites: tuple[Claim, ...]
     changed: dict[str, tuple[str, str]]
     constants: dict[str, Declared]
+    fitted: dict[str, list[str]]
 
     @property
     def pruned(self) -> list[Claim]:
@@ -86,11 +88,12 @@ def read_claims(original: Path, before: ModelProto, converted: Path, after: Mode
         changed = {k: (v["from"], v["how"]) for k, v in json.loads(new.get("nmonnx.changed", "{}")).items()}
         declared = json.loads(new.get("nmonnx.constants", "{}"))
         constants = {k: Declared(v["input"], v["sha256"], v["from"]) for k, v in declared.items()}
+        fitted = dict(json.loads(new.get("nmonnx.fit", '{"sites": {}}'))["sites"])
     except (ValueError, KeyError, TypeError, AttributeError, UsageError) as e:
         raise InputError(
             f"{converted}: its nmonnx metadata cannot be read ({type(e).__name__}: {e}); convert it again"
         ) from e
-    return Claims(recipe, sites, changed, constants)
+    return Claims(recipe, sites, changed, constants, fitted)
 
 
 def _metadata(proto: ModelProto) -> dict[str, str]:

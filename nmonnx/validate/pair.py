@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from onnx import ModelProto, NodeProto, numpy_helper
@@ -12,7 +13,7 @@ from nmonnx.passes.bodies import INPUTS
 from nmonnx.tensors import TensorReader
 from nmonnx.validate.additions import Addition, take_off
 from nmonnx.validate.claims import Claim, Claims
-from nmonnx.validate.scopes import Key, Scopes, Trail
+from nmonnx.validate.scopes import Key, Scope, Scopes, Trail
 
 SLOTS = {**INPUTS, **{name: op.inputs for name, op in OPS.items()}}
 """Inputs of the custom ops and of those made of stock operators."""
@@ -54,6 +55,11 @@ class Pair:
         if maker is not None and maker.op_type == "Constant" and maker.attribute[0].name == "value":
             return numpy_helper.to_array(maker.attribute[0].t)
         return None
+
+    @cached_property
+    def readers(self) -> dict[Key, list[tuple[Scope, NodeProto]]]:
+        """Every tensor of the converted model with the nodes that read it."""
+        return self.new.readers()
 
     def inputs_of(self, scope: str, node: NodeProto) -> dict[str, Key]:
         """The inputs of a custom op of the converted model by their meaning, those left out are not there."""

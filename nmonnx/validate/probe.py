@@ -14,6 +14,7 @@ from nmonnx.pattern import Pattern
 from nmonnx.reference import Center, center_of, prune
 from nmonnx.validate.additions import Addition
 from nmonnx.validate.claims import Claim
+from nmonnx.validate.folded_layer import FoldedLayer, folded_of
 from nmonnx.validate.pair import Pair
 
 
@@ -24,7 +25,8 @@ class Probe:
     of the converted model's activation and output. `options` are the op's inputs beside x and W; those that are no
     stored values, but `computed` by nodes such as a Cast, are fetched by tensor name in each run. `own_bias` is what a
     folded bias stands for in the original; `misfold` how far the folded one is from what it should be, `missum` the
-    same of what the rows of the weight add up to. `addition` is added behind the layer."""
+    same of what the rows of the weight add up to. `addition` is added behind the layer, `folded` what a correction
+    changed."""
 
     claim: Claim
     node: NodeProto | None
@@ -33,6 +35,7 @@ class Probe:
     computed: dict[str, str] = field(default_factory=dict)
     own_bias: np.ndarray | None = None
     addition: Addition | None = None
+    folded: FoldedLayer = field(default_factory=lambda: FoldedLayer())
     misfold: float | None = None
     missum: float | None = None
     tokens: int = 0
@@ -95,6 +98,17 @@ class Probe:
         """What the layer computes with: the pruned activation and what is made up for."""
         return self.prune(x) + self.taken(x)
 
+    def lost(self, x: np.ndarray, original: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """What the layer's output lacks on rows x; `weight` is the new one."""
+        if not self.folded.corrected:
+            return (x - self.computes_with(x)) @ original
+        return x @ original - (self.prune(x) @ weight + self.more_bias() + self.folded.added(x))
+
+    def more_bias(self) -> np.ndarray:
+        """[N] or [1]: by how much the bias in the layer has grown."""
+        own = np.zeros(1) if self.own_bias is None else self.own_bias.reshape(-1)
+        return self.options.get("bias", np.zeros(1)).reshape(-1) - own + self.folded.more_bias()
+
     def names(self) -> tuple[list[str], list[str]]:
         """Tensors to tap in the original and in the converted model."""
         assert self.node is not None
@@ -123,6 +137,7 @@ def probe_of(pair: Pair, claim: Claim) -> Probe:
             probe.options[slot] = values
         if slot == "bias":
             probe.own_bias = _replaced(pair, key[1])
+    probe.folded = folded_of(pair, claim, trail)
     return probe
 
 

@@ -35,14 +35,15 @@ def multiply(probe: Probe, site: Site | None) -> None:
     if weight.shape != (claim.k, claim.n):
         probe.note = f"its error is not measured: its weight has shape {list(weight.shape)}"
         return
-    if np.any(probe.options.get("shift", 0)) or probe.own_bias is not None:
+    original, weight = weight, probe.folded.weight(weight)
+    if not probe.folded.bias and (np.any(probe.options.get("shift", 0)) or probe.own_bias is not None):
         probe.misfold = _misfold(probe, site.alpha * weight)
     if probe.center:
         probe.missum = _missum(probe, site.alpha * weight)
     x = np.concatenate(probe.before)[:ROWS].astype(np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
-        pruned = np.concatenate(probe.chosen)[:ROWS] if probe.chosen else probe.computes_with(x)
-        products = ((x - pruned) @ weight, x @ weight)
+        lost = (x - np.concatenate(probe.chosen)[:ROWS]) @ original if probe.chosen else probe.lost(x, original, weight)
+        products = (lost, x @ original)
         lost, whole = (np.linalg.norm(rows.astype(np.float64)) for rows in products)
     probe.error = relative(float(lost), float(whole))
     if probe.fused:
@@ -56,12 +57,16 @@ def _misfold(probe: Probe, weight: np.ndarray) -> float:
     if probe.fused:
         made = probe.options.get("bias", np.zeros(1, np.float32)).reshape(-1)
         return _beyond_rounding(made, shift, weight, probe.own_bias)
-    return math.inf if probe.addition is None else _beyond_rounding(probe.addition.values, shift, weight)
+    behind = probe.addition.values if probe.addition is not None else None
+    if behind is None and probe.folded.corrected:
+        new, old = probe.folded.biases()
+        return _beyond_rounding(new, shift, weight, old)
+    return math.inf if behind is None else _beyond_rounding(behind, shift, weight)
 
 
 def _missum(probe: Probe, weight: np.ndarray) -> float:
     """The same of what the rows of the weight add up to."""
-    made = probe.options.get("row_sum") if probe.fused else (probe.addition.values if probe.addition else None)
+    made = probe.options.get("row_sum") if probe.fused else getattr(probe.addition, "values", None)
     return math.inf if made is None else _beyond_rounding(made, np.ones(probe.claim.k), weight)
 
 
@@ -83,17 +88,23 @@ def _excess(probe: Probe, weight: np.ndarray) -> float:
     if probe.center:  # one more channel, for which every column of the weight is its row_sum
         pruned = np.hstack([pruned, center_of(x, probe.center, probe.options.get("shift")).astype(np.float64)])
         weight = np.vstack([weight, probe.options["row_sum"]])
+    more = np.broadcast_to(bias + probe.folded.added(x), y.shape)
+    room = np.broadcast_to(np.abs(bias) + probe.folded.room(x), y.shape)
     width = max(1, _BLOCK // probe.claim.k)
     blocks = [slice(start, start + width) for start in range(0, probe.claim.n, width)]
-    parts = (_excess_of(pruned, weight[:, b], bias[b] if bias.size > 1 else bias, y[:, b]) for b in blocks)
+    rounds = probe.folded.rounds
+    parts = (_excess_of(pruned, weight[:, b], more[:, b], room[:, b], y[:, b], rounds) for b in blocks)
     return max(parts, default=0.0)
 
 
-def _excess_of(pruned: np.ndarray, weight: np.ndarray, bias: np.ndarray, y: np.ndarray) -> float:
+def _excess_of(
+    pruned: np.ndarray, weight: np.ndarray, more: np.ndarray, room: np.ndarray, y: np.ndarray, rounds: int
+) -> float:
+    """`more` [R, N] is added to the product, in steps as large as `room` and with so many `rounds` to the type of y."""
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        want = pruned @ weight + bias
-        bound = np.abs(pruned) @ np.abs(weight) + np.abs(bias)
-        unit = np.finfo(y.dtype).eps + (len(weight) + 1) * np.finfo(np.float32).eps
+        want = pruned @ weight + more
+        bound = np.abs(pruned) @ np.abs(weight) + room
+        unit = rounds * np.finfo(y.dtype).eps + (len(weight) + 1) * np.finfo(np.float32).eps
         ratio = np.where(y == want, 0.0, np.abs(y - want) / (unit * bound))
         alike = np.where(np.isfinite(want), _overflows(want, bound, y, unit), same(want.astype(y.dtype), y))
     ratio = np.where(np.isfinite(want) & np.isfinite(y), ratio, np.where(alike, 0.0, np.inf))

@@ -17,6 +17,7 @@ from nmonnx.pattern import pattern_text
 from nmonnx.tensors import TensorReader
 from nmonnx.validate.changes import Explained, unexplained
 from nmonnx.validate.claims import Claim, Claims
+from nmonnx.validate.folds import Folds
 from nmonnx.validate.pair import Pair
 from nmonnx.validate.result import Check, counted
 from nmonnx.validate.scopes import Key, Scopes, Trail
@@ -54,6 +55,7 @@ class _Structure:
         self.served: dict[Key, set[str]] = {}
         self.trails: dict[str, Trail] = {}
         self.explained = Explained(pair.old, pair.new, pair.claims.changed)
+        self.folds = Folds(pair, self.explained)
 
     def prunes(self) -> Check:
         faults = []
@@ -124,7 +126,7 @@ class _Structure:
         for key in after.own:
             self.served.setdefault(key, set()).add(claim.name)
         yield from self._faults_of_ops(claim, before, after)
-        yield from self._faults_of_weights(before, after)
+        yield from self._faults_of_weights(claim, before, after)
         self.explained.add(claim, before, after)
 
     def _faults_of_pattern(self, claim: Claim) -> Iterator[str]:
@@ -153,9 +155,9 @@ class _Structure:
                 yield f"op {label(node)!r} is {node.op_type}, not {claim.kernel}"
             if claim.name not in sites_of(node):
                 yield f"op {label(node)!r} does not list it"
-            yield from self._faults_of_additions(claim, node)
+            yield from self._faults_of_additions(claim, node, after)
 
-    def _faults_of_additions(self, claim: Claim, node: NodeProto) -> Iterator[str]:
+    def _faults_of_additions(self, claim: Claim, node: NodeProto, after: Trail) -> Iterator[str]:
         """What an op takes from the activation must be made up for once: in the op, or behind the layer."""
         shift = self.pair.inputs_of(claim.scope, node).get("shift")
         values = self.pair.constant(shift) if shift else None
@@ -164,7 +166,17 @@ class _Structure:
         addition = self.pair.additions.get(claim.name)
         if addition is not None:
             self.explained.read.add((claim.scope, addition.total))
-        if node.op_type != "NMPrune":
+        if claim.name in self.claims.fitted:
+            if addition is not None and addition.low_of not in ("", claim.activation):
+                yield f"its low rank reads {addition.low_of!r}, not its activation"
+            biased = any(
+                self.claims.constants[n].input == "bias" for _, n in after.leaves if n in self.claims.constants
+            )
+            if moved and not biased and (addition is None or addition.values is None):
+                yield f"op {label(node)!r} moves its activation and nothing makes up for that"
+        elif addition is not None and addition.low_of:
+            yield "a low rank is added behind it, and no correction of this layer is recorded"
+        elif node.op_type != "NMPrune":
             if addition is not None:
                 yield "something is added behind it though its op adds it already"
         elif moved and (addition is None or addition.centered != centered):
@@ -172,7 +184,7 @@ class _Structure:
         elif addition is not None and not moved:
             yield "something is added behind it though its op does not move the activation"
 
-    def _faults_of_weights(self, before: Trail, after: Trail) -> Iterator[str]:
+    def _faults_of_weights(self, claim: Claim, before: Trail, after: Trail) -> Iterator[str]:
         optional = {key for (scope, _), node in after.own.items() for key, _ in self._optional(scope, node)}
         mapped = set()
         for scope, name in after.leaves:
@@ -180,10 +192,11 @@ class _Structure:
             declared = self.claims.constants.get(name)
             if new and declared and declared.replaces:
                 mapped.add(self.pair.old.find(scope, declared.replaces) or (scope, declared.replaces))
-            elif not (new and (scope, name) in optional):
+            elif not (new and ((scope, name) in optional or self.folds.is_declared((scope, name)))):
                 mapped.add((scope, self.claims.changed.get(name, (name, ""))[0]))
         for (scope, _), node in after.own.items():
             yield from self._faults_of_constants(scope, node)
+        yield from self.folds.faults(claim, after, optional)
         if mapped != before.leaves:
             names = sorted(name for _, name in mapped ^ before.leaves)
             yield f"it reads other weights than before: {', '.join(names[:4])}"
