@@ -1,0 +1,168 @@
+"""`nmonnx fit`: find the constants that make up for the pruning, for `nmonnx convert --fit`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+
+from nmonnx.commands.options import (
+    Exclude,
+    Include,
+    ModelPath,
+    Overwrite,
+    Quiet,
+    ReportPath,
+    Threads,
+    Verbose,
+    read_feed_files,
+    refuse_output,
+    tell,
+)
+from nmonnx.errors import UsageError
+from nmonnx.presets import PRESETS, preset_named
+from nmonnx.report import Report, check_format, table
+
+if TYPE_CHECKING:
+    from nmonnx.corrections import Corrections
+
+_HIGHER = " would be higher"
+
+
+def command(
+    model: ModelPath,
+    text: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="The text to fit on, a UTF-8 file. Not one that you will measure on."),
+    ] = None,
+    tokenizer: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="tokenizer.json, or the folder it lies in. [default: beside MODEL]"),
+    ] = None,
+    feeds: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="Instead of a text: .npz or a folder of .npy, named as the inputs. Repeatable."),
+    ] = None,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="The file to write. [default: MODEL-fit.npz beside the model]"),
+    ] = None,
+    config: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--config", "-c", help="A recipe in YAML or JSON; flags win over it."),
+    ] = None,
+    preset: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help=f"A named recipe: {', '.join(PRESETS)}; other flags win over it."),
+    ] = None,
+    mitigation: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="bias, output-scale, least-squares, static-var, r-sparse, bias1, bias2; learned: l-pts, output-shift,"
+            " ls, r-sparse-learned, distil. Repeatable."
+        ),
+    ] = None,
+    pattern: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--pattern", "-p", help="N:M, keep N of every M input channels. [default: 8:16]"),
+    ] = None,
+    criterion: Annotated[Optional[str], typer.Option(help="As for convert.")] = None,  # noqa: UP045
+    share: Annotated[Optional[str], typer.Option(help="As for convert.")] = None,  # noqa: UP045
+    order: Annotated[Optional[str], typer.Option(help="As for convert.")] = None,  # noqa: UP045
+    allocate: Annotated[Optional[str], typer.Option(help="As for convert.")] = None,  # noqa: UP045
+    lm_head: Annotated[bool, typer.Option("--lm-head", help="Prune the input of lm_head too.")] = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    stats: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="What 'nmonnx calibrate' saw on MODEL (.npz).", show_default=False),
+    ] = None,
+    sensitivity: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="What 'nmonnx sensitivity' measured on MODEL (.json).", show_default=False),
+    ] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens of a window, each read from an empty cache.")] = 1024,
+    max_tokens: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=2, help="Tokens to read, at most. [default: the whole text]"),
+    ] = None,
+    rank: Annotated[Optional[int], typer.Option(min=1, help="Rank of r-sparse. [default: 64]")] = None,  # noqa: UP045
+    ridge: Annotated[float, typer.Option(help="Pull of least-squares towards the original weight.")] = 1.0,
+    hold_out: Annotated[float, typer.Option(help="Share of the windows to judge corrections on.")] = 0.2,
+    memory: Annotated[int, typer.Option(min=1, help="MiB of sums held at a time, about.")] = 1024,
+    threads: Threads = 0,
+    overwrite: Overwrite = False,
+    report: ReportPath = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run MODEL, as exported, over a text and write the constants that make up for its pruning.
+
+    A correction that does not lower the error of its layer on held-out windows is refused and told. A run that was cut
+    short goes on where it was when it is started again.
+    """
+    from nmonnx.fit import Fit, fit
+    from nmonnx.progress import progress_bar
+    from nmonnx.recipe import Recipe
+    from nmonnx.sensitivity_record import Sensitivity
+    from nmonnx.stats import Stats
+    from nmonnx.text import encode, load_tokenizer, read_text
+
+    check_format(report)
+    if (text is None) == (not feeds):
+        raise UsageError("give a text (--text FILE) or feeds (--feeds FILE), one of them")
+    flags: dict[str, Any] = {
+        "pattern": pattern,
+        "criterion": criterion,
+        "share": share,
+        "order": order,
+        "allocate": allocate,
+        "lm_head": lm_head or None,
+        "include": include,
+        "exclude": exclude,
+        "mitigations": mitigation,
+        "rank": rank,
+    }
+    given = {key: value for key, value in flags.items() if value is not None and value != []}
+    flags = {**preset_named(preset), **given} if preset else given
+    recipe = Recipe.read(config, flags) if config else Recipe.from_dict(flags, "fit")
+    out = output or model.with_name(f"{model.stem}-fit.npz")
+    refuse_output(out, ".npz", overwrite, [*(feeds or []), *([stats] if stats else [])])
+    how = Fit(window, max_tokens, ridge, hold_out, memory << 20, threads)
+    tokens = encode(load_tokenizer(tokenizer, beside=model), read_text(text)) if text else None
+    words = Console(stderr=True)
+    with progress_bar(words, "fitting", disable=quiet or not words.is_terminal) as progress:
+        found = fit(
+            model,
+            recipe,
+            out,
+            tokens,
+            read_feed_files(model, feeds) if feeds else None,
+            how,
+            progress,
+            text.name if text else "",
+            stats=Stats.load(stats) if stats else None,
+            sensitivity=Sensitivity.load(sensitivity) if sensitivity else None,
+        )
+    tell(fitted(out, model, found, verbose), report, quiet)
+
+
+def fitted(out: Path, model: Path, found: Corrections, verbose: bool = False) -> Report:
+    """What was fitted, and what was refused with its figures."""
+    total = len(found.sites) + len(found.refused)
+    words = [f"{len(found.sites)} of {total} layers corrected; {found.protocol}."]
+    kinds = Counter(reason.partition(" would be ")[0] for reason in found.refused.values())
+    words += [f"Refused: {count} layers: {reason}{_HIGHER * (' error' in reason)}." for reason, count in kinds.items()]
+    rows = list(found.refused.items())
+    tables = (table("Refused layers", ("layer", "why"), rows if verbose else rows[:20]),) if rows else ()
+    data = {
+        "command": "fit",
+        "output": str(out),
+        "protocol": found.protocol,
+        "corrected": list(found.sites),
+        "refused": dict(found.refused),
+    }
+    return Report(f"wrote {out}", tuple(words), tables, data, (model,))
