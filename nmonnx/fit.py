@@ -17,6 +17,7 @@ from nmonnx.digest import file_sha256
 from nmonnx.errors import InputError, RunError, UsageError
 from nmonnx.feeds import Feed
 from nmonnx.fit_groups import Activation, activations, in_groups
+from nmonnx.fit_learned import Learning, fit_learned
 from nmonnx.fit_parts import Parts
 from nmonnx.fits import VARIANCE, fit_layer, judge
 from nmonnx.graph import load
@@ -68,6 +69,7 @@ def fit(
     how: Fit | None = None,
     progress: Callable[[int, int], None] | None = None,
     label: str = "",
+    learning: Learning | None = None,
     **measured: object,
 ) -> Corrections:
     """Write to `out` the corrections for the mitigations of `recipe`, found on `tokens` [T] or on `feeds`.
@@ -78,10 +80,11 @@ def fit(
        the first token of windows; the others are in `Corrections.refused`, with the figures.
     3. Memory is that of the sums of one group of layers, see `Fit.memory`. A run that was cut short goes on with the
        group where it was, from the folder OUT.partial, which goes away at the end.
-    4. Learned mitigations are handed to `nmonnx.learn`.
+    4. Learned mitigations are handed to `nmonnx.learn`, with `learning` instead of `how` but for `max_tokens` and
+       `threads`.
 
-    `measured` are `stats` and `sensitivity`, as `nmonnx.treatment.plan` takes them. `progress` is told (done, all).
-    Raises UsageError, InputError and RunError as `calibrate` does.
+    `measured` are `stats`, `sensitivity` and `gradients`, as `nmonnx.treatment.plan` takes them. `progress` is told
+    (done, all). Raises UsageError, InputError and RunError as `calibrate` does.
     """
     how, path, out = how or Fit(), Path(model_path), Path(out)
     if (tokens is None) == (feeds is None):
@@ -99,9 +102,10 @@ def fit(
             raise UsageError(f"the {what} was measured on another model; measure again on {path}")
     planned = plan(recipe, found, chosen, **measured)  # type: ignore[arg-type]
     if set(recipe.fitted) & set(LEARNED):
-        learned = _learn(path, recipe, planned, tokens, how, progress)
-        learned.save(out)
-        return learned
+        if tokens is None:
+            raise UsageError(f"mitigation {recipe.fitted[0]} is learned on a text; give --text")
+        read, learning = tokens[: how.max_tokens], learning or Learning()
+        return fit_learned(path, recipe, planned, read, out, learning, how.threads, label, progress)
     taps, unseen = activations(model, chosen, planned)
     tapped = Tapped(path, model.proto, model.tensors, (a.name for a in taps), how.threads)
     calls = _calls(tapped, taps, tokens, feeds, how)
@@ -131,18 +135,6 @@ def _calls(
             "one window (or feed) is too few: some are held out to judge on; give more text or a smaller --window"
         )
     return calls
-
-
-def _learn(
-    path: Path, recipe: Recipe, planned: Plan, tokens: np.ndarray | None, how: Fit, progress: Callable | None
-) -> Corrections:
-    if tokens is None:
-        raise UsageError(f"mitigation {recipe.fitted[0]} is learned on a text; give --text")
-    try:
-        from nmonnx.learn import learn  # type: ignore[import-not-found,unused-ignore]
-    except ImportError as e:
-        raise UsageError(f"mitigation {recipe.fitted[0]} is learned with torch, which cannot be imported ({e})") from e
-    return learn(path, recipe, planned, tokens[: how.max_tokens], progress=progress)
 
 
 @dataclass

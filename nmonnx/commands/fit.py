@@ -84,14 +84,40 @@ def command(
         Optional[Path],  # noqa: UP045
         typer.Option(help="What 'nmonnx sensitivity' measured on MODEL (.json).", show_default=False),
     ] = None,
-    window: Annotated[int, typer.Option(min=2, help="Tokens of a window, each read from an empty cache.")] = 1024,
+    gradients: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="What 'nmonnx gradients' measured on MODEL (.npz).", show_default=False),
+    ] = None,
+    window: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=2, help="Tokens of a window, each read from an empty cache. [default: 1024; learned: 512]"),
+    ] = None,
     max_tokens: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(min=2, help="Tokens to read, at most. [default: the whole text]"),
     ] = None,
-    rank: Annotated[Optional[int], typer.Option(min=1, help="Rank of r-sparse. [default: 64]")] = None,  # noqa: UP045
+    rank: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Rank of r-sparse and r-sparse-learned. [default: 64]"),
+    ] = None,
     ridge: Annotated[float, typer.Option(help="Pull of least-squares towards the original weight.")] = 1.0,
-    hold_out: Annotated[float, typer.Option(help="Share of the windows to judge corrections on.")] = 0.2,
+    hold_out: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Share of the windows to judge corrections on. [default: 0.2; learned: 0.1]"),
+    ] = None,
+    regime: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Learned: by-layers, each block for itself, or end-to-end. [default: by-layers]"),
+    ] = None,
+    windows: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Learned: windows to train on, at most. [default: 256]"),
+    ] = None,
+    epochs: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Learned: how often. [default: 1]"),
+    ] = None,
+    lr: Annotated[Optional[float], typer.Option(help="Learned: rate of AdamW. [default: 0.0001]")] = None,  # noqa: UP045
     memory: Annotated[int, typer.Option(min=1, help="MiB of sums held at a time, about.")] = 1024,
     threads: Threads = 0,
     overwrite: Overwrite = False,
@@ -101,10 +127,14 @@ def command(
 ) -> None:
     """Run MODEL, as exported, over a text and write the constants that make up for its pruning.
 
-    A correction that does not lower the error of its layer on held-out windows is refused and told. A run that was cut
-    short goes on where it was when it is started again.
+    Some are computed, others learned with PyTorch (a text is needed). A correction that does not lower the error of
+    its layer on held-out windows is refused and told; what is learned is judged by what it is learned by. A run that
+    was cut short goes on where it was when it is started again.
     """
     from nmonnx.fit import Fit, fit
+    from nmonnx.fit_learned import Learning
+    from nmonnx.gradients import Gradients
+    from nmonnx.mitigations import LEARNED
     from nmonnx.progress import progress_bar
     from nmonnx.recipe import Recipe
     from nmonnx.sensitivity_record import Sensitivity
@@ -130,8 +160,14 @@ def command(
     flags = {**preset_named(preset), **given} if preset else given
     recipe = Recipe.read(config, flags) if config else Recipe.from_dict(flags, "fit")
     out = output or model.with_name(f"{model.stem}-fit.npz")
-    refuse_output(out, ".npz", overwrite, [*(feeds or []), *([stats] if stats else [])])
-    how = Fit(window, max_tokens, ridge, hold_out, memory << 20, threads)
+    refuse_output(out, ".npz", overwrite, [*(feeds or []), *filter(None, (stats, sensitivity, gradients))])
+    asked = {"--regime": regime, "--windows": windows, "--epochs": epochs, "--lr": lr}
+    if not set(recipe.fitted) & set(LEARNED):
+        for flag, value in asked.items():
+            if value is not None:
+                raise UsageError(f"{flag} is for mitigations that are learned: {', '.join(LEARNED)}")
+    how = Fit(window or 1024, max_tokens, ridge, 0.2 if hold_out is None else hold_out, memory << 20, threads)
+    learning = Learning(regime, epochs, lr, window, windows, hold_out)
     tokens = encode(load_tokenizer(tokenizer, beside=model), read_text(text)) if text else None
     words = Console(stderr=True)
     with progress_bar(words, "fitting", disable=quiet or not words.is_terminal) as progress:
@@ -144,8 +180,10 @@ def command(
             how,
             progress,
             text.name if text else "",
+            learning,
             stats=Stats.load(stats) if stats else None,
             sensitivity=Sensitivity.load(sensitivity) if sensitivity else None,
+            gradients=Gradients.load(gradients) if gradients else None,
         )
     tell(fitted(out, model, found, verbose), report, quiet)
 
