@@ -18,15 +18,17 @@ def prune(
     order: np.ndarray | None = None,
     variance: bool = False,
     center: Center | None = None,
+    dense: np.ndarray | None = None,
 ) -> np.ndarray:
     """Pruned z = x - shift - center, in the shape and type of `x` [..., K] (float16, float32 or float64).
 
     Of every `group` consecutive channels of the last axis the `keep` with the largest |z| * scale stay, the
     others become +0. `scale` and `shift` are [K] or [1]; `order` [K] is a permutation along which the groups
     are cut. Kept values are bit-exact when there is no shift and no center. `variance` multiplies them by
-    `variance_ratio`; `center` is `center_of` each token.
+    `variance_ratio`; `center` is `center_of` each token. Tokens that are `dense` (bool, one for each token of x or
+    one for all) keep all of z, and their ratio is 1.
     """
-    z, pruned = _prune(x, keep, group, scale, shift, order, center)
+    z, pruned = _prune(x, keep, group, scale, shift, order, center, dense)
     if not variance:
         return pruned
     with np.errstate(over="ignore"):
@@ -69,6 +71,7 @@ def keep_mask(
     shift: np.ndarray | None = None,
     order: np.ndarray | None = None,
     center: Center | None = None,
+    dense: np.ndarray | None = None,
 ) -> np.ndarray:
     """Which elements of `x` [..., K] stay, as booleans in its shape.
 
@@ -76,7 +79,24 @@ def keep_mask(
     2. A channel with scale 0 scores 0, whatever it holds.
     3. Scores are float32, of float64 values too.
     4. The last K mod group channels are a group of their own that keeps min(keep, K mod group).
+    5. A token that is `dense` keeps every channel. Raises ValueError for another number of them than one or the tokens.
     """
+    mask = _selected(x, keep, group, scale, shift, order, center)
+    if dense is None:
+        return mask
+    shape = (*x.shape[:-1], 1)
+    return mask | (dense.reshape(-1)[0] if dense.size == 1 else dense.reshape(shape))
+
+
+def _selected(
+    x: np.ndarray,
+    keep: int,
+    group: int,
+    scale: np.ndarray | None,
+    shift: np.ndarray | None,
+    order: np.ndarray | None,
+    center: Center | None,
+) -> np.ndarray:
     score = scores(x, scale, shift, center)
     if order is not None:
         score = score[..., order]
@@ -108,14 +128,16 @@ def prune_matmul(
     variance: bool = False,
     center: Center | None = None,
     row_sum: np.ndarray | None = None,
+    dense: np.ndarray | None = None,
 ) -> np.ndarray:
     """nu * (prune(x) [..., K] @ weight [K, N]) + eta * row_sum [N] + bias [N] as float64 [..., N].
 
-    nu is 1 without `variance`. eta is `center_of`; a center needs `row_sum`, what the rows of the weight add up to.
+    nu is 1 without `variance` and where a token is `dense`. eta is `center_of`; a center needs `row_sum`, what the
+    rows of the weight add up to.
     """
     if center is not None and row_sum is None:
         raise ValueError("a center needs row_sum")
-    z, pruned = _prune(x, keep, group, scale, shift, order, center)
+    z, pruned = _prune(x, keep, group, scale, shift, order, center, dense)
     y = pruned.astype(np.float64) @ weight.astype(np.float64)
     if variance:
         y = y * variance_ratio(z, pruned)
@@ -132,9 +154,10 @@ def _prune(
     shift: np.ndarray | None,
     order: np.ndarray | None,
     center: Center | None,
+    dense: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """z in the type of `x`, and z where it is kept."""
-    mask = keep_mask(x, keep, group, scale, shift, order, center)
+    mask = keep_mask(x, keep, group, scale, shift, order, center, dense)
     with np.errstate(over="ignore"):
         z = x if shift is None and center is None else _moved(x, shift, center).astype(x.dtype)
     return z, np.where(mask, z, np.zeros((), x.dtype))

@@ -18,7 +18,7 @@ CAST_LIKE_OPSET = 15
 CRITERION = ("scale", "shift", "order")
 """Optional inputs of both ops, in their order."""
 
-INPUTS = {"NMPrune": ("x", *CRITERION), "NMMatMul": ("x", "W", "bias", *CRITERION, "row_sum")}
+INPUTS = {"NMPrune": ("x", *CRITERION, "dense"), "NMMatMul": ("x", "W", "bias", *CRITERION, "row_sum", "dense")}
 """Inputs of each op, by position."""
 
 CENTER_VALUES: Mapping[Center | None, int] = {None: 0, "mean": 1, "median": 2}
@@ -36,6 +36,7 @@ class Body:
     bias       whether the `NMMatMul` nodes bring a bias
     variance   whether a node asks for the variance; then every node must have the attribute
     center     whether a node asks for a center; then every node must have the attribute, every `NMMatMul` a row_sum
+    dense      whether a node is told which tokens stay dense; then every node must have that input
     ends       outputs of `NMPrune`; where it is 2, every node must have both
     """
 
@@ -46,6 +47,7 @@ class Body:
     bias: bool = False
     variance: bool = False
     center: bool = False
+    dense: bool = False
     ends: int = 1
 
     @property
@@ -67,6 +69,8 @@ class Body:
         if self.opset < CAST_LIKE_OPSET and self.choices:
             words = " and ".join(self.choices)
             return f"opset {self.opset} cannot correct the {words} in a fallback function; {CAST_LIKE_OPSET} can"
+        if self.opset < CAST_LIKE_OPSET and self.dense:
+            return f"opset {self.opset} cannot keep tokens dense in a fallback function; {CAST_LIKE_OPSET} can"
         return ""
 
 
@@ -77,7 +81,10 @@ def prune_function(body: Body) -> str:
         lines += [*_ratio(), "nu = " + _per_token("nu_rows", body), *_corrected("selection", "y", body, [])]
     if body.ends == 2:
         lines += ["center_x = CastLike(center_rows, x)", "center = " + _per_token("center_x", body)]
-    return _function("NMPrune", ["x", *_criterion_inputs(body)], lines, body, ["y", "center"][: body.ends])
+    last = ["dense"] if body.dense else []
+    return _function(
+        "NMPrune", ["x", *_criterion_inputs(body, body.dense), *last], lines, body, ["y", "center"][: body.ends]
+    )
 
 
 def matmul_function(body: Body) -> str:
@@ -99,9 +106,10 @@ def matmul_function(body: Body) -> str:
         lines += _corrected("product", "corrected" if body.bias else "y", body, added)
     if body.bias:
         lines.append(f"y = Add({'corrected' if body.choices else 'product'}, bias)")
-    middle = ["bias"] if body.bias or body.criterion or body.center else []
-    last = ["row_sum"] if body.center else []
-    return _function("NMMatMul", ["x", "W", *middle, *_criterion_inputs(body, body.center), *last], lines, body)
+    every = body.center or body.dense
+    middle = ["bias"] if body.bias or body.criterion or every else []
+    last = [*(["row_sum"] if every else []), *(["dense"] if body.dense else [])]
+    return _function("NMMatMul", ["x", "W", *middle, *_criterion_inputs(body, every), *last], lines, body)
 
 
 def _criterion_inputs(body: Body, every: bool = False) -> list[str]:
@@ -117,6 +125,7 @@ def _prune(body: Body, y: str) -> list[str]:
     top_k = "TopK <axis = 1> (never_empty, keep_n)" if opset >= 10 else f"TopK <axis = 1, k = {keep}> (never_empty)"
     zero_ok = "<allowzero = 1> " if opset >= ALLOW_ZERO_OPSET else ""
     form = "padded" if body.tail else "cut"
+    chosen = "sparse_y" if body.dense else "rows_y"
     return [
         "one = Constant <value = int64[1] {1}> ()",
         "nought = Constant <value = int64[1] {0}> ()",
@@ -149,7 +158,8 @@ def _prune(body: Body, y: str) -> list[str]:
         _first_rows(opset),
         *(_select() if opset >= ELEMENTS_OPSET else _select_by_mask()),
         *(_cut_rows() if body.tail else ["cut_y = Reshape(selected, row_shape)"]),
-        "rows_y = Gather <axis = 1> (cut_y, back)" if "order" in body.criterion else "rows_y = Identity(cut_y)",
+        f"{chosen} = Gather <axis = 1> (cut_y, back)" if "order" in body.criterion else f"{chosen} = Identity(cut_y)",
+        *(_whole_rows(chosen) if body.dense else []),
         f"{y} = Reshape {zero_ok}(rows_y, shape)",
     ]
 
@@ -162,7 +172,7 @@ def _option(name: str, value: int, named: bool) -> list[str]:
 
 def _shifted(shift: bool, center: bool) -> list[str]:
     if center:
-        start = ["dense = Cast <to = 1> (rows)", "shifted = Sub(dense, shift)", "before = Cast <to = 11> (shifted)"]
+        start = ["single = Cast <to = 1> (rows)", "shifted = Sub(single, shift)", "before = Cast <to = 11> (shifted)"]
         if not shift:  # in double, so that an x in double loses nothing
             start = ["shifted = Cast <to = 1> (rows)", "before = Cast <to = 11> (rows)"]
         return [
@@ -175,7 +185,7 @@ def _shifted(shift: bool, center: bool) -> list[str]:
         ]
     if not shift:
         return ["wide = Cast <to = 1> (rows)", "rows_x = Identity(rows)"]
-    return ["dense = Cast <to = 1> (rows)", "wide = Sub(dense, shift)", "rows_x = CastLike(wide, x)"]
+    return ["single = Cast <to = 1> (rows)", "wide = Sub(single, shift)", "rows_x = CastLike(wide, x)"]
 
 
 def _center() -> list[str]:
@@ -309,6 +319,25 @@ def _cut_rows() -> list[str]:
         "padded_shape = Concat <axis = 0> (rest, padded)",
         "padded_y = Reshape(selected, padded_shape)",
         "cut_y = Slice(padded_y, nought, channels, one)",
+    ]
+
+
+def _whole_rows(pruned: str) -> list[str]:
+    """`rows_y`: each row of `pruned`, or of `rows_x` where its token is dense, bit for bit."""
+    return [
+        "tokens_shape = Shape(rows)",
+        "tokens = Gather <axis = 0> (tokens_shape, nought)",
+        "dense_flat = Reshape(dense, rest)",
+        "dense_int = Cast <to = 7> (dense_flat)",
+        "dense_rows = Expand(dense_int, tokens)",
+        "down = Mul(dense_rows, tokens)",
+        "tokens_0 = Squeeze(tokens, nought)",
+        "first_row = Constant <value = int64 {0}> ()",
+        "next_row = Constant <value = int64 {1}> ()",
+        "places_y = Range(first_row, tokens_0, next_row)",
+        "picked = Add(places_y, down)",
+        f"either = Concat <axis = 0> ({pruned}, rows_x)",
+        "rows_y = Gather <axis = 0> (either, picked)",
     ]
 
 

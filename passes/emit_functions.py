@@ -57,6 +57,7 @@ class EmitFunctions:
             bias="bias" in brought,
             variance=any(node.attrs.get("variance") for node in nodes),
             center=any(node.attrs.get("center") for node in nodes),
+            dense="dense" in brought,
             ends=max(len(node.outputs) for node in nodes),
         )
         reason = body.refusal(len(patterns))
@@ -105,6 +106,7 @@ def _neutral(constants: Constants, made: dict, scope: str, site: Site, name: str
         "shift": np.zeros(1, np.float32),
         "order": np.arange(site.k),
         "row_sum": np.zeros(site.n, np.float32),
+        "dense": np.zeros(1, bool),
     }
     values = neutral[name]
     key = (function_of(scope), name, values.dtype, values.size)

@@ -26,11 +26,11 @@ from nmonnx.sites import find_sites
 from nmonnx.treatment import Treatment
 
 ORDER = {
-    "NMPrune": ("x", "scale", "shift", "order"),
-    "NMMatMul": ("x", "W", "bias", "scale", "shift", "order", "row_sum"),
+    "NMPrune": ("x", "scale", "shift", "order", "dense"),
+    "NMMatMul": ("x", "W", "bias", "scale", "shift", "order", "row_sum", "dense"),
 }
 FLOATS = ("scale", "shift", "row_sum")
-OTHER = {name: TensorProto.FLOAT for name in FLOATS} | {"order": TensorProto.INT64}
+OTHER = {name: TensorProto.FLOAT for name in FLOATS} | {"order": TensorProto.INT64, "dense": TensorProto.BOOL}
 RANKS = {"x": 3, "W": 2}
 STEP = {np.float16: 2.0**-10, np.float32: 2.0**-22, np.float64: 2.0**-22}
 NASTY = [0.0, -0.0, 1.0, np.inf, -np.inf, np.nan, 6e4, 2.0]
@@ -60,6 +60,7 @@ def run(
         bias="bias" in feeds,
         variance="variance" in attributes,
         center="center" in attributes,
+        dense="dense" in feeds,
         ends=len(ends),
     )
     function = onnx.parser.parse_function({"NMPrune": prune_function, "NMMatMul": matmul_function}[op](body))
@@ -104,7 +105,7 @@ def nasty(rng: np.random.Generator, shape: tuple[int, ...], kind: type) -> np.nd
 
 
 @settings(max_examples=60, deadline=None)
-@given(names=st.sets(st.sampled_from(["scale", "shift", "order"])), data=st.data())
+@given(names=st.sets(st.sampled_from(["scale", "shift", "order", "dense"])), data=st.data())
 def test_any_prune_equals_the_reference(names: set[str], data: st.DataObject) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     keep, group = data.draw(st.sampled_from([(2, 4), (8, 16), (1, 1), (5, 12)]))
@@ -114,6 +115,7 @@ def test_any_prune_equals_the_reference(names: set[str], data: st.DataObject) ->
         "scale": rng.random(x.shape[-1]).astype(np.float32),
         "shift": rng.standard_normal(x.shape[-1]).astype(np.float32),
         "order": rng.permutation(x.shape[-1]),
+        "dense": rng.random(data.draw(st.sampled_from([1, 6]))) < 0.5,
     }
     given_ = {name: given_[name] for name in names}
     correction = data.draw(st.sampled_from([{}, *CORRECTIONS]))
@@ -121,33 +123,42 @@ def test_any_prune_equals_the_reference(names: set[str], data: st.DataObject) ->
     got = run("NMPrune", opset, {"x": x, **given_}, keep=keep, group=group, **as_attributes(correction))
     want = reference.prune(x, keep, group, **given_, **correction)
     assert got.dtype == x.dtype
+    if not correction:
+        np.testing.assert_array_equal(np.signbit(got), np.signbit(want))
     np.testing.assert_allclose(got, want, rtol=STEP[kind] if correction else 0, atol=1e-7 if correction else 0)
 
 
+@pytest.mark.parametrize("dense", [None, (True, False, False, True, False, True)], ids=["pruned", "some dense"])
 @pytest.mark.parametrize("correction", [{}, *CORRECTIONS], ids=str)
 @pytest.mark.parametrize("kind", [np.float32, np.float16], ids=lambda k: k.__name__)
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("opset", [15, 18, 22])
-def test_matmul_equals_the_reference_up_to_rounding(opset: int, bias: bool, kind: type, correction: dict) -> None:
+def test_matmul_equals_the_reference_up_to_rounding(
+    opset: int, bias: bool, kind: type, correction: dict, dense: tuple[bool, ...] | None
+) -> None:
     rng = np.random.default_rng(opset)
     x, w, b = (rng.standard_normal(s).astype(kind) for s in ((2, 3, 40), (40, 24), (24,)))
     attributes, row_sum = as_attributes(correction), row_sum_of(w)
     feeds = {"x": x, "W": w} | ({"bias": b} if bias else {}) | ({"row_sum": row_sum} if "center" in attributes else {})
+    tokens = None if dense is None else np.array(dense)
+    feeds |= {} if tokens is None else {"dense": tokens}
     got = run("NMMatMul", opset, feeds, keep=8, group=16, **attributes)
-    want = reference.prune_matmul(x, w, 8, 16, b if bias else None, row_sum=row_sum, **correction)
+    want = reference.prune_matmul(x, w, 8, 16, b if bias else None, row_sum=row_sum, **correction, dense=tokens)
     assert got.dtype == kind
     limit = 2e-2 if kind == np.float16 else 1e-5
     np.testing.assert_allclose(got, want, rtol=limit, atol=limit)
 
 
-@pytest.mark.parametrize("correction", CORRECTIONS, ids=str)
+@pytest.mark.parametrize("correction", [{}, *CORRECTIONS], ids=str)
 @pytest.mark.parametrize("shape", [(0, 3, 16), (2, 0, 16), (16,), (5, 16), (2, 3, 1)], ids=str)
 def test_any_rank_one_channel_and_no_tokens_are_legal(shape: tuple[int, ...], correction: dict) -> None:
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    got = run("NMPrune", 17, {"x": x}, keep=2, group=4, **as_attributes(correction))
-    want = reference.prune(x, 2, 4, **correction)
-    assert got.shape == want.shape
-    np.testing.assert_allclose(got, want, rtol=1e-6)
+    tokens = x[..., 0].size
+    for given_ in ({}, {"dense": np.ones(1, bool)}, {"dense": np.arange(tokens) % 2 == 0}):
+        got = run("NMPrune", 17, {"x": x, **given_}, keep=2, group=4, **as_attributes(correction))
+        want = reference.prune(x, 2, 4, **correction, **given_)
+        assert got.shape == want.shape
+        np.testing.assert_allclose(got, want, rtol=1e-6)
     w = np.random.default_rng(1).standard_normal((shape[-1], 5)).astype(np.float32)
     if len(shape) > 1:
         attributes, row_sum = as_attributes(correction), row_sum_of(w)
@@ -173,7 +184,8 @@ def test_the_second_output_is_the_center(shape: tuple[int, ...], center: str, ki
 def test_an_opset_that_is_too_old_is_refused_with_the_reason() -> None:
     reason = "opset 14 cannot correct the variance in a fallback function; 15 can"
     assert Body(14, (2, 4), variance=True).refusal(1) == reason
-    assert Body(15, (2, 4), variance=True, center=True).refusal(1) == ""
+    assert Body(15, (2, 4), variance=True, center=True, dense=True).refusal(1) == ""
+    assert Body(14, (2, 4), dense=True).refusal(1) == "opset 14 cannot keep tokens dense in a fallback function; 15 can"
     assert "cannot correct the variance and center in" in Body(13, (2, 4), variance=True, center=True).refusal(1)
 
 

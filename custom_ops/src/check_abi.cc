@@ -26,5 +26,5 @@ static_assert(offsetof(OrtCustomOp, KernelComputeV2) == 18 * sizeof(void*));
 static_assert(offsetof(OrtCustomOp, ReleaseAliasMap) == 25 * sizeof(void*));
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT == 1 && ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 == 6 &&
               ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 == 7 && ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 == 10 &&
-              ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE == 11);
+              ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE == 11 && ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL == 9);
 static_assert(ORT_INVALID_ARGUMENT == 2 && INPUT_OUTPUT_OPTIONAL == 1);

@@ -71,6 +71,24 @@ Criterion ReadCriterion(const Call& call, size_t first, size_t channels, Correct
           ReadOrder(call, first + 2, channels), correction};
 }
 
+DenseTokens ReadDense(const Call& call, size_t input, size_t tokens) {
+  const std::optional<Tensor> tensor = call.OptionalInput(input);
+  if (!tensor) return {};
+  const size_t count = tensor->Count();
+  if (count != 1 && count != tokens) {
+    throw Refusal("dense has shape " + ToString(tensor->dims) + "; it must have one element for each of the " +
+                  std::to_string(tokens) + " tokens of x, or one for all");
+  }
+  return {tensor->As<bool>(), count};
+}
+
+bool DenseTokens::AnyOf(size_t tokens) const {
+  for (size_t t = 0; t < tokens; ++t) {
+    if ((*this)(t)) return true;
+  }
+  return false;
+}
+
 Selector::Selector(const Kernels& kernels, Pattern pattern, const Criterion& criterion, size_t channels)
     : kernels_(kernels), pattern_(pattern), criterion_(criterion), channels_(channels),
       bits_(BitmapWords(channels)) {
@@ -86,11 +104,8 @@ const uint64_t* Selector::Select(const float* x) {
     kernels_.prune.select_f32(x, channels_, pattern_.keep, pattern_.group, bits_.data());
     return bits_.data();
   }
-  if (!criterion_.MovesValues()) return SelectScored(x);
-  const float* shift = criterion_.shift.empty() ? nullptr : criterion_.shift.data();
-  for (size_t k = 0; k < channels_; ++k) z_[k] = shift ? x[k] - shift[k] : x[k];
-  TakeCenter();
-  return SelectScored(z_.data());
+  Move(x);
+  return SelectScored(criterion_.MovesValues() ? z_.data() : x);
 }
 
 template <>
@@ -99,27 +114,54 @@ const uint64_t* Selector::Select(const Half* x) {
     kernels_.prune.select_f16(x, channels_, pattern_.keep, pattern_.group, bits_.data());
     return bits_.data();
   }
-  kernels_.prune.widen(x, channels_, z_.data());
-  if (!criterion_.shift.empty()) {
-    for (size_t k = 0; k < channels_; ++k) z_[k] -= criterion_.shift[k];
-  }
-  TakeCenter();
+  Move(x);
   return SelectScored(z_.data());
 }
 
 template <>
 const uint64_t* Selector::Select(const double* x) {
+  Move(x);
+  return SelectScored(z_.data());
+}
+
+template <class T>
+const uint64_t* Selector::SelectAll(const T* x) {
+  if (criterion_.MovesValues()) Move(x);
+  std::fill(bits_.begin(), bits_.end(), 0);
+  std::fill(bits_.begin(), bits_.begin() + static_cast<ptrdiff_t>(channels_ / 64), ~uint64_t{0});
+  if (channels_ % 64 != 0) bits_[channels_ / 64] = (uint64_t{1} << channels_ % 64) - 1;
+  return bits_.data();
+}
+
+template const uint64_t* Selector::SelectAll(const float*);
+template const uint64_t* Selector::SelectAll(const Half*);
+template const uint64_t* Selector::SelectAll(const double*);
+
+void Selector::Move(const float* x) {
+  if (!criterion_.MovesValues()) return;
+  const float* shift = criterion_.shift.empty() ? nullptr : criterion_.shift.data();
+  for (size_t k = 0; k < channels_; ++k) z_[k] = shift ? x[k] - shift[k] : x[k];
+  TakeCenter();
+}
+
+void Selector::Move(const Half* x) {
+  kernels_.prune.widen(x, channels_, z_.data());
+  if (!criterion_.shift.empty()) {
+    for (size_t k = 0; k < channels_; ++k) z_[k] -= criterion_.shift[k];
+  }
+  TakeCenter();
+}
+
+void Selector::Move(const double* x) {
   z_.resize(channels_);
   keys_.resize(channels_);
   const auto shifted = [&](size_t k) {
     return criterion_.shift.empty() ? x[k] : x[k] - static_cast<double>(criterion_.shift[k]);
   };
   for (size_t k = 0; k < channels_; ++k) z_[k] = static_cast<float>(shifted(k));
-  if (criterion_.correction.center != Center::kNone) {
-    TakeCenter();
-    for (size_t k = 0; k < channels_; ++k) z_[k] = static_cast<float>(shifted(k) - static_cast<double>(center_));
-  }
-  return SelectScored(z_.data());
+  if (criterion_.correction.center == Center::kNone) return;
+  TakeCenter();
+  for (size_t k = 0; k < channels_; ++k) z_[k] = static_cast<float>(shifted(k) - static_cast<double>(center_));
 }
 
 void Selector::TakeCenter() {

@@ -39,8 +39,10 @@ class Ratios {
   std::vector<Half> half_;
 };
 
-// Most entries of a token in one block: with an order, or where groups cross blocks, a block may be kept whole.
-size_t Capacity(size_t channels, size_t block_rows, Pattern pattern, const Criterion& criterion) {
+// Most entries of a token in one block: with an order, where groups cross blocks, or for a dense token, a block may be
+// kept whole.
+size_t Capacity(size_t channels, size_t block_rows, Pattern pattern, const Criterion& criterion, bool any_dense) {
+  if (any_dense) return std::min(block_rows, channels);
   const size_t kept = pattern.KeptOf(channels);
   if (block_rows >= channels) return kept;
   const bool uniform = criterion.order.empty() && block_rows % static_cast<size_t>(pattern.group) == 0;
@@ -49,11 +51,13 @@ size_t Capacity(size_t channels, size_t block_rows, Pattern pattern, const Crite
 
 }  // namespace
 
-KeptLists::KeptLists(size_t tokens, size_t channels, size_t block_rows, Pattern pattern, const Criterion& criterion)
-    : pattern_(pattern), criterion_(criterion), tokens_(tokens), channels_(channels), block_rows_(block_rows),
-      blocks_(std::max<size_t>(1, (channels + block_rows - 1) / block_rows)),
-      capacity_(Capacity(channels, block_rows, pattern, criterion)), entries_(blocks_ * tokens * capacity_),
-      counts_(blocks_ * tokens), ratios_(criterion.correction.variance ? tokens : 0),
+KeptLists::KeptLists(size_t tokens, size_t channels, size_t block_rows, Pattern pattern, const Criterion& criterion,
+                     const DenseTokens& dense)
+    : pattern_(pattern), criterion_(criterion), dense_(dense), tokens_(tokens), channels_(channels),
+      block_rows_(block_rows), blocks_(std::max<size_t>(1, (channels + block_rows - 1) / block_rows)),
+      capacity_(Capacity(channels, block_rows, pattern, criterion, dense.AnyOf(tokens))),
+      entries_(blocks_ * tokens * capacity_), counts_(blocks_ * tokens),
+      ratios_(criterion.correction.variance ? tokens : 0),
       centers_(criterion.correction.center != Center::kNone ? tokens : 0) {}
 
 template <class T>
@@ -65,7 +69,7 @@ void KeptLists::Fill(const Call& call, const Kernels& kernels, const T* x) {
     const size_t end = std::min(tokens_, (task + 1) * tokens_per_task);
     for (size_t t = task * tokens_per_task; t < end; ++t) {
       const T* token = x + t * channels_;
-      const uint64_t* bits = selector.Select(token);
+      const uint64_t* bits = dense_(t) ? selector.SelectAll(token) : selector.Select(token);
       const float* moved = criterion_.MovesValues() ? selector.moved() : nullptr;
       FillToken(token, moved, bits, t);
       if (!centers_.empty()) centers_[t] = selector.center();

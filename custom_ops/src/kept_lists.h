@@ -11,7 +11,8 @@ namespace nmonnx {
 // reads them; within a block each token has room for the most entries it can have there. There is at least one block.
 class KeptLists {
  public:
-  KeptLists(size_t tokens, size_t channels, size_t block_rows, Pattern pattern, const Criterion& criterion);
+  KeptLists(size_t tokens, size_t channels, size_t block_rows, Pattern pattern, const Criterion& criterion,
+            const DenseTokens& dense);
 
   template <class T>
   void Fill(const Call& call, const Kernels& kernels, const T* x);
@@ -38,6 +39,7 @@ class KeptLists {
 
   const Pattern pattern_;
   const Criterion& criterion_;
+  const DenseTokens dense_;
   size_t tokens_, channels_, block_rows_, blocks_, capacity_;
   std::vector<Entry> entries_;
   std::vector<uint32_t> counts_;

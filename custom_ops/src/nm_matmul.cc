@@ -1,6 +1,7 @@
-// NMMatMul(x, W, bias?, scale?, shift?, order?, row_sum?) -> y: y = NMPrune(x) W + bias. Rows of W that no token keeps
-// are not read. W lies as ONNX stores it and is never copied. Where the attributes `variance` and `center` ask for it,
-// the product is multiplied by nu and center * row_sum is added, before the bias.
+// NMMatMul(x, W, bias?, scale?, shift?, order?, row_sum?, dense?) -> y: y = NMPrune(x) W + bias. Rows of W that no
+// token keeps are not read; a `dense` token keeps all. W lies as ONNX stores it and is never copied. Where the
+// attributes `variance` and `center` ask for it, the product is multiplied by nu and center * row_sum is added, before
+// the bias.
 //
 // Which product runs depends on the number of tokens T in the call:
 //   T = 1     Gemv: 8 kept rows side by side
@@ -243,6 +244,7 @@ void MatMul(const Call& call, Pattern pattern, Correction correction, const Kern
   size_t tokens = 1;
   for (size_t i = 0; i + 1 < dims.size(); ++i) tokens *= static_cast<size_t>(dims[i]);
   const Criterion criterion = ReadCriterion(call, 3, channels, correction);
+  const DenseTokens dense = ReadDense(call, 7, tokens);
   Floats bias_copy, scratch;
   const float* bias = ReadBias<X>(call, kernels.prune, columns, bias_copy);
   const float* row_sum = ReadRowSum(call, correction.center, columns);
@@ -252,7 +254,7 @@ void MatMul(const Call& call, Pattern pattern, Correction correction, const Kern
   const Weight<W> w{weight.As<W>(), columns, MatMulOf<W>(kernels)};
   for (size_t first = 0; first < tokens; first += kMaxTokens) {
     const size_t some = std::min(kMaxTokens, tokens - first);
-    KeptLists lists(some, channels, BlockRows(pattern, some, channels), pattern, criterion);
+    KeptLists lists(some, channels, BlockRows(pattern, some, channels), pattern, criterion, dense.From(first));
     lists.Fill(call, kernels, x.As<X>() + first * channels);
     float* sums = SumsIn(y + first * columns, some * columns, scratch);
     Multiply(call, lists, w, correction.None() ? bias : nullptr, sums);
@@ -263,8 +265,9 @@ void MatMul(const Call& call, Pattern pattern, Correction correction, const Kern
 
 OpSpec Spec(ONNXTensorElementDataType x, ONNXTensorElementDataType w, decltype(OpSpec::compute) compute) {
   constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  constexpr auto kBool = ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL;
   constexpr auto kAny = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
-  return {"NMMatMul", {x, w, x, kFloat, kFloat, kAny, kFloat}, 2, {x}, false, true, compute};
+  return {"NMMatMul", {x, w, x, kFloat, kFloat, kAny, kFloat, kBool}, 2, {x}, false, true, compute};
 }
 
 }  // namespace

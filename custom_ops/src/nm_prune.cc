@@ -1,5 +1,5 @@
-// NMPrune(x, scale?, shift?, order?) -> y, center?: y is x - shift - center with all but the best channels of each
-// group zero, times nu where the attribute `variance` asks for it.
+// NMPrune(x, scale?, shift?, order?, dense?) -> y, center?: y is x - shift - center with all but the best channels of
+// each group zero, times nu where the attribute `variance` asks for it. A token that is `dense` keeps all its channels.
 
 #include <algorithm>
 #include <vector>
@@ -111,8 +111,8 @@ void PruneFlat(const Call& call, Pattern pattern, const Kernels& kernels, const 
 }
 
 template <class T>
-void PruneTokens(const Call& call, Pattern pattern, const Kernels& kernels, const Criterion& criterion, const T* x,
-                 size_t tokens, size_t channels, T* y, T* centers) {
+void PruneTokens(const Call& call, Pattern pattern, const Kernels& kernels, const Criterion& criterion,
+                 const DenseTokens& dense, const T* x, size_t tokens, size_t channels, T* y, T* centers) {
   const size_t tokens_per_task = std::max<size_t>(1, kTaskSize / channels);
   call.ParallelFor((tokens + tokens_per_task - 1) / tokens_per_task, [&](size_t task) {
     Selector selector(kernels, pattern, criterion, channels);
@@ -121,7 +121,7 @@ void PruneTokens(const Call& call, Pattern pattern, const Kernels& kernels, cons
     for (size_t t = task * tokens_per_task; t < end; ++t) {
       const T* from = x + t * channels;
       T* to = y + t * channels;
-      const uint64_t* bits = selector.Select(from);
+      const uint64_t* bits = dense(t) ? selector.SelectAll(from) : selector.Select(from);
       if (centers) Put(selector.center(), centers[t]);
       if (criterion.MovesValues()) {
         Move(kernels.prune, selector, criterion.shift, from, channels, to);
@@ -141,18 +141,21 @@ void Prune(const Call& call, Pattern pattern, Correction correction, const Kerne
   const Tensor x = call.Input(0);
   if (x.dims.empty()) throw Refusal("NMPrune: x is a scalar; its last axis must be the channels");
   const size_t channels = static_cast<size_t>(x.dims.back());
-  const Criterion criterion = ReadCriterion(call, 1, channels, correction);
-  T* y = static_cast<T*>(call.Output(x.dims));
   Dims one_each = x.dims;
   one_each.back() = 1;
+  const size_t tokens = Elements(one_each);
+  const Criterion criterion = ReadCriterion(call, 1, channels, correction);
+  const DenseTokens dense = ReadDense(call, 4, tokens);
+  T* y = static_cast<T*>(call.Output(x.dims));
   T* centers = static_cast<T*>(call.OptionalOutput(1, one_each));
   const size_t count = x.Count();
-  if (centers) std::fill(centers, centers + Elements(one_each), T{0});
+  if (centers) std::fill(centers, centers + tokens, T{0});
   if (count == 0) return;
-  if (criterion.IsPlain() && (channels % static_cast<size_t>(pattern.group) == 0 || count == channels)) {
+  if (criterion.IsPlain() && !dense.AnyOf(tokens) &&
+      (channels % static_cast<size_t>(pattern.group) == 0 || count == channels)) {
     PruneFlat(call, pattern, kernels, x.As<T>(), count, y);
   } else {
-    PruneTokens(call, pattern, kernels, criterion, x.As<T>(), count / channels, channels, y, centers);
+    PruneTokens(call, pattern, kernels, criterion, dense, x.As<T>(), tokens, channels, y, centers);
   }
 }
 
@@ -160,7 +163,7 @@ template <class T>
 OpSpec Spec() {
   return {"NMPrune",
           {Type<T>::kOnnx, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
-           ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED},
+           ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL},
           1, {Type<T>::kOnnx, Type<T>::kOnnx}, true, false, Prune<T>};
 }
 

@@ -80,7 +80,7 @@ def _faults(model: ModelProto, function: FunctionProto, use: _Use) -> Iterator[s
     arrays = _arrays(use)
     said = f"{use.op} {use.keep}:{use.group} of {TensorProto.DataType.Name(use.elem)}"
     for rows in (_ROWS, 0):
-        feed = {**arrays, "x": arrays["x"][:rows]}
+        feed = arrays | {slot: arrays[slot][:rows] for slot in ("x", "dense") if slot in arrays}
         try:
             got = _run(_trial(model, function, use, arrays), feed)
         except Exception as e:  # ONNX Runtime has no common class for its errors
@@ -109,6 +109,7 @@ def _arrays(use: _Use) -> dict[str, np.ndarray]:
         "order": rng.permutation(k),
         "row_sum": rng.integers(-8, 9, _COLUMNS).astype(np.float32),
         "threshold": np.array([2.0], np.float32),
+        "dense": rng.integers(0, 2, _ROWS).astype(bool),
     }
     return {slot: values[slot] for slot in use.brought}
 
@@ -152,7 +153,7 @@ def _agrees(got: Sequence[np.ndarray], feed: dict[str, np.ndarray], use: _Use) -
 
 def _wanted(feed: dict[str, np.ndarray], use: _Use) -> list[np.ndarray]:
     """What the reference makes of the values: the output of the op and, of a prune, the center."""
-    criterion: dict[str, Any] = {slot: feed.get(slot) for slot in ("scale", "shift", "order")}
+    criterion: dict[str, Any] = {slot: feed.get(slot) for slot in ("scale", "shift", "order", "dense")}
     criterion |= {"variance": bool(use.variance), "center": use.about}
     x, dtype = feed["x"], feed["x"].dtype
     if use.op in OPS:

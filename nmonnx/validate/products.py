@@ -41,6 +41,8 @@ def multiply(probe: Probe, site: Site | None) -> None:
     if probe.center:
         probe.missum = _missum(probe, site.alpha * weight)
     x = np.concatenate(probe.before)[:ROWS].astype(np.float32)
+    if "dense" in probe.options:
+        probe.options["dense"] = np.concatenate(probe.dense)[:ROWS]
     with np.errstate(invalid="ignore", over="ignore"):
         lost = (x - np.concatenate(probe.chosen)[:ROWS]) @ original if probe.chosen else probe.lost(x, original, weight)
         products = (lost, x @ original)

@@ -65,6 +65,7 @@ def _see(probe: Probe, before: Mapping[str, np.ndarray], after: Mapping[str, np.
     probe.before.append(_sample(x))
     if claim.kernel in OPS:
         probe.chosen.append(_sample(kept))
+    probe.dense.append(_sample(_dense_of(probe, len(x))))
     _see_outputs(probe, before[claim.output], after[claim.output])
     _see_op(probe, after)
 
@@ -92,10 +93,16 @@ def _see_op(probe: Probe, after: Mapping[str, np.ndarray]) -> None:
     probe.wrong_values += int((~alike).sum())
     if isinstance(probe.pattern, Share) or probe.claim.kernel == "NMAnti":  # which keeps zeros first
         return
-    order, z = probe.options.get("order"), probe.moved(x)
+    sparse = ~_dense_of(probe, len(x))
+    order, z, got = probe.options.get("order"), probe.moved(x)[sparse], got[sparse]
     probe.wrong_groups += _wrong_groups(
         z if order is None else z[:, order], got if order is None else got[:, order], probe.pattern
     )
+
+
+def _dense_of(probe: Probe, tokens: int) -> np.ndarray:
+    """Which tokens of this run keep all their channels."""
+    return np.broadcast_to(probe.options.get("dense", np.zeros(1, bool)).reshape(-1), tokens)
 
 
 def _wrong_groups(x: np.ndarray, pruned: np.ndarray, pattern: Pattern) -> int:
