@@ -22,6 +22,7 @@ SHARES = ("joint", "separate")
 PRUNED = ("activations", "weights")
 ORDERS = ("none", "deal", "swap")
 MITIGATIONS = (*SHIFTS, *CENTERS, "var", *FITTED)
+PHASES = ("both", "prefill", "decode")
 ALLOCATIONS = ("uniform", "forward", "fisher")
 DEFAULT_PATTERN = Pattern(8, 16)
 SCHEMA_VERSION = 1
@@ -34,6 +35,7 @@ _WORDS = {
     "share": SHARES,
     "order": ORDERS,
     "allocate": ALLOCATIONS,
+    "phase": PHASES,
     "kernel": KERNELS,
     "fallback": FALLBACKS,
 }
@@ -64,6 +66,8 @@ class Recipe:
               "fisher": the same from the measured gradients of the loss;
               "uniform": the same N everywhere
     patterns  selector -> pattern of the layers that it matches, the last one wins; others have `pattern`
+    phase     "prefill": prune only calls with several tokens in a row; "decode": only those with one; "both"
+    dense_prefix tokens at positions before this one stay dense
     kernel    "auto": prune and multiply in one op where that pays; "fused": wherever it can be done;
               "prune": prune only, the linear layers stay as they are
     fallback  "function": embed the ops as model-local functions of stock ops, so that the file runs without
@@ -84,6 +88,8 @@ class Recipe:
     rank: int = 64
     allocate: str = "uniform"
     patterns: tuple[tuple[str, Pattern], ...] = ()
+    phase: str = "both"
+    dense_prefix: int = 0
     kernel: str = "auto"
     fallback: str = "function"
 
@@ -93,6 +99,8 @@ class Recipe:
             if value not in known and not (key == "criterion" and value.endswith(".npz")):
                 also = " or an .npz file" if key == "criterion" else ""
                 raise UsageError(f"{key} {value!r} is not one of {', '.join(known)}{also}")
+        if self.dense_prefix < 0:
+            raise UsageError(f"dense_prefix {self.dense_prefix} is negative; it is a number of tokens")
         unknown = [m for m in self.mitigations if m not in MITIGATIONS]
         if unknown:
             raise UsageError(f"mitigation {unknown[0]!r} is not one of {', '.join(MITIGATIONS)}")
@@ -218,7 +226,7 @@ def _value(key: str, value: object, where: str) -> Any:
         if not isinstance(value, dict) or not all(isinstance(selector, str) for selector in value):
             raise UsageError(f"{where}: patterns must map selectors to patterns, such as 'down: 12:16', not {value!r}")
         return tuple((selector, Pattern.parse(_pattern_text(text))) for selector, text in value.items())
-    expected = {"lm_head": bool, "rank": int}.get(key, str)
+    expected = {"lm_head": bool, "rank": int, "dense_prefix": int}.get(key, str)
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
         words = {bool: "true or false", int: "a whole number", str: "a word"}
         raise UsageError(f"{where}: {key} must be {words[expected]}, not {value!r}")

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from nmonnx.corrections import Corrections
 from nmonnx.graph import Model
+from nmonnx.passes.dense_tokens import DenseTokens
 from nmonnx.passes.emit_functions import EmitFunctions
 from nmonnx.passes.emulate_prune import EmulatePrune
 from nmonnx.passes.fold_center import FoldCenter
@@ -21,11 +22,13 @@ from nmonnx.passes.insert_prune import InsertPrune
 from nmonnx.passes.prune_weights import PruneWeights
 from nmonnx.passes.result import PassResult
 from nmonnx.passes.stamp import Stamp
+from nmonnx.passes.token_policy import TokenPolicy
 from nmonnx.recipe import Recipe
 from nmonnx.sites import Site, Skipped
 from nmonnx.treatment import Plan
 
 __all__ = [
+    "DenseTokens",
     "EmitFunctions",
     "EmulatePrune",
     "FoldCenter",
@@ -69,6 +72,7 @@ def pipeline(
         FoldCorrections(corrections),
         FoldShift(),
         FoldCenter(),
+        DenseTokens(TokenPolicy(recipe.phase, recipe.dense_prefix)),
         EmitFunctions(recipe.fallback),
         Stamp(recipe, tuple(left)),
     )

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from nmonnx.sensitivity_record import Sensitivity
     from nmonnx.stats import Stats
 
+PHASE_CALLS = {"prefill": "several tokens", "decode": "one token"}
+
 
 def command(
     model: ModelPath,
@@ -105,6 +107,14 @@ def command(
             help="Corrections that 'nmonnx fit' found for MODEL (.npz); brings its recipe.", show_default=False
         ),
     ] = None,
+    phase: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Prune only in prefill (calls of several tokens), only in decode, or both. [default: both]"),
+    ] = None,
+    dense_prefix: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Keep the first so many positions dense. [default: 0]"),
+    ] = None,
     kernel: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="auto, fused (NMMatMul wherever possible) or prune (NMPrune only). [default: auto]"),
@@ -146,6 +156,8 @@ def command(
         "order": order,
         "mitigations": mitigation,
         "allocate": allocate,
+        "phase": phase,
+        "dense_prefix": dense_prefix,
         "kernel": kernel,
         "fallback": fallback,
     }
@@ -238,6 +250,7 @@ def _how_chosen(done: Conversion, pruned: list[dict[str, Any]]) -> list[str]:
     if recipe.mitigations:
         words.append(f"Mitigations: {', '.join(recipe.mitigations)}.")
     words += _how_corrected(done)
+    words += _which_tokens(done)
     for what in ("shift", "center"):
         unfolded = _left_by(done, f"fold-{what}")
         words += [f"Without {what}: {_times(n)}: {why}." for why, n in unfolded.items()]
@@ -253,6 +266,17 @@ def _how_chosen(done: Conversion, pruned: list[dict[str, Any]]) -> list[str]:
     plain = Counter(done.plan.plain.values())
     words += [f"By plain magnitude: {_times(n)}: {why}." for why, n in plain.items()]
     return words
+
+
+def _which_tokens(done: Conversion) -> list[str]:
+    """Which tokens stay dense, and the layers that cannot know."""
+    recipe, words = done.recipe, []
+    if recipe.phase != "both":
+        words.append(f"Pruned in {recipe.phase} only: calls with {PHASE_CALLS[recipe.phase]} in a row.")
+    if recipe.dense_prefix:
+        words.append(f"Dense: the tokens at the first {recipe.dense_prefix} positions.")
+    untold = Counter(next(p for p in done.passes if p.name == "dense-tokens").left.values())
+    return words + [f"In {_times(n)}: {why}." for why, n in untold.items()]
 
 
 def _now(record: dict[str, Any]) -> str:

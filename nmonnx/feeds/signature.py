@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from onnx import GraphProto, helper
 
 from nmonnx.errors import InputError
 from nmonnx.model_config import ModelConfig, read_config
@@ -113,6 +114,19 @@ def signature(session: ort.InferenceSession, model_path: str | Path | None = Non
     presents = {present for _, present in cache}
     outputs = tuple(replace(p, role="present") if p.name in presents else p for p in outputs)
     return Signature(inputs, outputs, cache, read_config(path), path)
+
+
+def input_ports(graph: GraphProto) -> tuple[Port, ...]:
+    """The inputs of a graph that no session has opened, with their roles."""
+    stored = {t.name for t in graph.initializer}
+    ports = []
+    for value in graph.input:
+        tensor = value.type.tensor_type
+        if value.name in stored or not tensor.elem_type:
+            continue
+        dims = (d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim)
+        ports.append(_classify(Port(value.name, helper.tensor_dtype_to_np_dtype(tensor.elem_type), tuple(dims))))
+    return _with_tokens(tuple(ports))
 
 
 def _port(node: ort.NodeArg, kind: str) -> Port:

@@ -10,12 +10,19 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProt
 from nmonnx.diff.compare import label
 from nmonnx.diff.functions import function_key, function_paths
 from nmonnx.graph import DOMAIN
+from nmonnx.passes.bodies import INPUTS
 
 Key = tuple[str, str]
 """A tensor: (path of the scope that defines it, name)."""
 
-_ADDENDS = {("", "Gemm"): 2, ("com.microsoft", "FusedGemm"): 2, (DOMAIN, "NMMatMul"): 2}
-"""Input that a product adds as it is: no path on which an activation is to be pruned."""
+_ASIDE = {
+    ("", "Gemm"): (2,),
+    ("com.microsoft", "FusedGemm"): (2,),
+    (DOMAIN, "NMMatMul"): (2, INPUTS["NMMatMul"].index("dense")),
+    (DOMAIN, "NMPrune"): (INPUTS["NMPrune"].index("dense"),),
+}
+"""Inputs that are no path on which an activation is to be pruned: what a product adds as it is, which tokens stay
+dense."""
 
 
 @dataclass
@@ -152,7 +159,7 @@ class Scopes:
 
 
 def factors(node: NodeProto) -> dict[int, str]:
-    """Inputs of a node by position, but for those that it only adds."""
+    """Inputs of a node by position, but for those that it only adds or that say which tokens stay dense."""
     domain = "" if node.domain == "ai.onnx" else node.domain
-    addend = _ADDENDS.get((domain, node.op_type))
-    return {slot: name for slot, name in enumerate(node.input) if name and slot != addend}
+    aside = _ASIDE.get((domain, node.op_type), ())
+    return {slot: name for slot, name in enumerate(node.input) if name and slot not in aside}

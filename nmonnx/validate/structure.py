@@ -19,6 +19,7 @@ from nmonnx.validate.changes import Explained, unexplained
 from nmonnx.validate.claims import Claim, Claims
 from nmonnx.validate.folds import Folds
 from nmonnx.validate.pair import Pair
+from nmonnx.validate.policy import policy_nodes
 from nmonnx.validate.result import Check, counted
 from nmonnx.validate.scopes import Key, Scopes, Trail
 
@@ -56,6 +57,8 @@ class _Structure:
         self.trails: dict[str, Trail] = {}
         self.explained = Explained(pair.old, pair.new, pair.claims.changed)
         self.folds = Folds(pair, self.explained)
+        self.policy = policy_nodes(pair)
+        self.explained.inserted |= self.policy.keys()
 
     def prunes(self) -> Check:
         faults = []
@@ -205,6 +208,8 @@ class _Structure:
         """A new constant may only say what leaving the input out says, or what the file declares."""
         for key, slot in self._optional(scope, node):
             if self.pair.old.find(*key) is not None or key[1] in self.claims.changed:
+                continue
+            if slot == "dense" and self.policy and key == ("", list(self.policy.values())[-1].output[0]):
                 continue
             values = self.pair.constant(key)
             declared = self.claims.constants.get(key[1])
