@@ -26,6 +26,7 @@ PHASES = ("both", "prefill", "decode")
 ALLOCATIONS = ("uniform", "forward", "fisher")
 DEFAULT_PATTERN = Pattern(8, 16)
 SCHEMA_VERSION = 1
+_EVERY_TOKEN = {"phase": "both", "dense_prefix": 0}
 
 
 _WORDS = {
@@ -113,7 +114,7 @@ class Recipe:
 
         if self.prune == "weights":
             plain = {"criterion": "act", "scope": "token", "mitigations": (), "allocate": "uniform", "order": "none"}
-            wrong = [key for key, value in plain.items() if getattr(self, key) != value]
+            wrong = [key for key, value in {**plain, **_EVERY_TOKEN}.items() if getattr(self, key) != value]
             if wrong:
                 raise UsageError(f"weights are pruned by their magnitude alone; leave {wrong[0]} out")
         if self.emulated:
@@ -155,6 +156,8 @@ class Recipe:
             raise UsageError(f"{what}: no mitigations")
         if self.kernel == "fused":
             raise UsageError(f"{what}: kernel fused cannot be")
+        if any(getattr(self, key) != value for key, value in _EVERY_TOKEN.items()):
+            raise UsageError(f"{what}: no phase and no dense prefix")
         if self.allocate != "uniform":
             raise UsageError(f"{what}: no allocation")
         if self.order != "none":

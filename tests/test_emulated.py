@@ -215,3 +215,10 @@ def test_dense_blocks_are_numbers(value: object) -> None:
     assert Recipe.from_dict({"dense_blocks": [0, -1]}).dense_blocks == (0, -1)
     with pytest.raises(UsageError, match="block numbers"):
         Recipe.from_dict({"dense_blocks": value})
+
+
+@pytest.mark.parametrize("own", [{"pattern": "50%"}, {"prune": "weights"}])
+@pytest.mark.parametrize("policy", [{"phase": "prefill"}, {"dense_prefix": 4}])
+def test_ops_without_a_kernel_prune_every_token(own, policy) -> None:
+    with pytest.raises(UsageError, match="phase|prefix"):
+        Recipe.from_dict({**own, **policy})
