@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,10 +13,14 @@ from nmonnx.corrections import Corrections
 from nmonnx.recipe import Recipe
 from nmonnx.treatment import Plan
 
+_DISTIL = {"regime": "end-to-end", "rate": 2e-4, "windows": 120, "half": True}
+"""Defaults of whole weights, which learn from the predictions of the dense model (benchmarks/README.md)."""
+
 
 @dataclass(frozen=True)
 class Learning:
-    """What is asked of `nmonnx.learn.Settings`, each under its name there; None leaves its default."""
+    """What is asked of `nmonnx.learn.Settings`, each under its name there; None leaves its default, and for "distil" that
+    of `_DISTIL`."""
 
     regime: str | None = None
     epochs: int | None = None
@@ -47,7 +52,8 @@ def fit_learned(
         import torch
 
         torch.set_num_threads(threads)
-    asked = {f.name: getattr(how, f.name) for f in fields(how) if getattr(how, f.name) is not None}
+    asked: dict[str, Any] = dict(_DISTIL) if "distil" in recipe.mitigations else {}
+    asked |= {f.name: getattr(how, f.name) for f in fields(how) if getattr(how, f.name) is not None}
     settings, checkpoint = Settings(**asked, rank=recipe.rank), out.with_name(f"{out.stem}.checkpoint")
     found = learn(path, recipe, plan, tokens, settings, checkpoint=checkpoint, progress=progress)
     if label:

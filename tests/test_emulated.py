@@ -220,5 +220,5 @@ def test_dense_blocks_are_numbers(value: object) -> None:
 @pytest.mark.parametrize("own", [{"pattern": "50%"}, {"prune": "weights"}])
 @pytest.mark.parametrize("policy", [{"phase": "prefill"}, {"dense_prefix": 4}])
 def test_ops_without_a_kernel_prune_every_token(own, policy) -> None:
-    with pytest.raises(UsageError, match="phase|prefix"):
+    with pytest.raises(UsageError, match=r"phase|prefix"):
         Recipe.from_dict({**own, **policy})

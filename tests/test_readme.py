@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def folder(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("the model stories260K is not there")
     folder = tmp_path_factory.mktemp("readme")
     build(shared / "models" / "stories260K", folder)
-    (folder / "train.txt").write_text("Once upon a time there was a little cat. " * 20)
+    (folder / "train.txt").write_text("Once upon a time there was a little cat. " * 300)
     (folder / "recipe.yaml").write_text("pattern: 4:16\n")
     (folder / "text.txt").write_text("Once upon a time there was a little girl. " * 40)
     (folder / "test.txt").write_text("Once upon a time there was a little girl. " * 100)
@@ -39,6 +40,8 @@ def test_the_readme_shows_every_command_of_the_main_line():
 def test_every_command_runs_in_order(folder):
     for command in COMMANDS:
         arguments = shlex.split(command)[1:]
+        if "best-learned" in arguments and find_spec("torch") is None:
+            continue
         if "block:4-27" in arguments:  # the example is of a larger model
             arguments[arguments.index("block:4-27")] = "block:1-3"
         for left in folder.glob("model-*.onnx"):
