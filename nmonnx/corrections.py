@@ -87,6 +87,12 @@ class Corrections:
             raise InputError(f"{path} holds no corrections; make them with 'nmonnx fit' ({e})") from e
 
 
+def brief(reason: str) -> str:
+    """Why a correction was refused, without the figures, so that layers with one reason can be counted."""
+    said, figures, _ = reason.partition(" would be ")
+    return f"{said} would be higher" if figures else said
+
+
 class _OnDisk(Mapping[str, Correction]):
     """The sites of a file, each read anew when it is asked for."""
 

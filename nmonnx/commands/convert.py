@@ -302,14 +302,13 @@ def _what_the_order_spares(done: Conversion) -> str:
 
 
 def _how_corrected(done: Conversion) -> list[str]:
+    from nmonnx.corrections import brief
+
     fold = next(p for p in done.passes if p.name == "fold-corrections")
     if not fold.changed and not fold.left:
         return []
-    short = Counter("".join(why.partition(" would be")[:2]) for why in fold.left.values())
     words = [f"Corrections folded: {_times(fold.changed)}; {fold.bytes:+,} bytes of weights."]
-    return words + [
-        f"Not folded: {_times(n)}: {why}{' higher' * why.endswith(' would be')}." for why, n in short.items()
-    ]
+    return words + [f"Not folded: {_times(n)}: {why}." for why, n in Counter(map(brief, fold.left.values())).items()]
 
 
 def _why_left(left: list[dict[str, Any]]) -> Counter[tuple[str, str]]:

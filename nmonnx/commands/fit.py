@@ -29,8 +29,6 @@ from nmonnx.report import Report, check_format, table
 if TYPE_CHECKING:
     from nmonnx.corrections import Corrections
 
-_HIGHER = " would be higher"
-
 
 def command(
     model: ModelPath,
@@ -190,10 +188,12 @@ def command(
 
 def fitted(out: Path, model: Path, found: Corrections, verbose: bool = False) -> Report:
     """What was fitted, and what was refused with its figures."""
+    from nmonnx.corrections import brief
+
     total = len(found.sites) + len(found.refused)
     words = [f"{len(found.sites)} of {total} layers corrected; {found.protocol}."]
-    kinds = Counter(reason.partition(" would be ")[0] for reason in found.refused.values())
-    words += [f"Refused: {count} layers: {reason}{_HIGHER * (' error' in reason)}." for reason, count in kinds.items()]
+    kinds = Counter(map(brief, found.refused.values()))
+    words += [f"Refused: {count} layers: {reason}." for reason, count in kinds.items()]
     rows = list(found.refused.items())
     tables = (table("Refused layers", ("layer", "why"), rows if verbose else rows[:20]),) if rows else ()
     data = {

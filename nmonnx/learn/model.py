@@ -89,4 +89,4 @@ def verdict(before: float, after: float, what: str) -> str | None:
     """Why a correction is refused; None when it lowers the held-out loss."""
     if after < before:
         return None
-    return f"held-out {what} {before:.6g} without it, {after:.6g} with it"
+    return f"the held-out {what} would be {after:.6g}, without it is {before:.6g}"
