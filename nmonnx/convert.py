@@ -110,7 +110,7 @@ def rewrite(
     check_fit(recipe, fit)
     planned = plan(recipe, found, selection.chosen, stats, sensitivity, gradients)
     if fit is not None:
-        planned = with_shifts(planned, fit)
+        planned = with_shifts(planned, fit, selection.chosen)
     results = run(pipeline(recipe, planned, selection.left, fit), model, selection.chosen)
     records = tuple(json.loads(model.metadata["nmonnx.sites"]))
     return model, Conversion(Path(source), recipe, found, selection, planned, tuple(results), records, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,8 @@ import numpy as np
 from nmonnx.corrections import Corrections
 from nmonnx.errors import InputError, UsageError
 from nmonnx.recipe import Recipe
-from nmonnx.treatment import Plan, Treatment
+from nmonnx.sites import Site
+from nmonnx.treatment import Plan, Treatment, share
 
 MATTERS = ("pattern", "patterns", "criterion", "share", "order", "allocate", "mitigations")
 """What corrections are fitted for: another choice prunes other channels."""
@@ -44,16 +46,24 @@ def check_fit(recipe: Recipe, fit: Corrections | None) -> None:
             )
 
 
-def with_shifts(plan: Plan, fit: Corrections) -> Plan:
-    """The plan with the shifts that were fitted; layers of one prune with different shifts get one prune each."""
+def with_shifts(plan: Plan, fit: Corrections, sites: Sequence[Site]) -> Plan:
+    """The plan with the shifts that were fitted; layers of one prune with different shifts get one prune each. Where
+    they cannot, as `share` says, they keep the shift of the plan."""
+    shared = [group for group in share(sites, "separate", {}) if len({_shift(fit, site) for site in group}) > 1]
+    kept = {site.name for group in shared for site in group}
     made: dict[tuple[int, bytes], Treatment] = {}
     treatments = dict(plan.treatments)
     for name, treatment in plan.treatments.items():
-        shift = fit.sites[name].shift if name in fit.sites else None
+        shift = fit.sites[name].shift if name in fit.sites and name not in kept else None
         if shift is not None:
             key = (id(treatment), np.ascontiguousarray(shift).tobytes())
             treatments[name] = made.setdefault(key, replace(treatment, shift=shift))
     return replace(plan, treatments=treatments)
+
+
+def _shift(fit: Corrections, site: Site) -> bytes:
+    shift = fit.sites[site.name].shift if site.name in fit.sites else None
+    return b"" if shift is None else np.ascontiguousarray(shift).tobytes()
 
 
 def _said(value: object) -> str:

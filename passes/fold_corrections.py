@@ -76,17 +76,22 @@ class _Fold:
         if op is None:
             return "it is not pruned"
         node = op if op.op == "NMMatMul" else site.node
+        correction = corrections.sites[site.name]
         if site.name in self.shiftless:
             return f"its shift cannot be made up for: {self.shiftless[site.name]}"
+        shift = self._shift(op)
+        if correction.shift is not None and (shift is None or not np.array_equal(correction.shift, shift)):
+            return "its prune serves layers of another shift too"
         if site.alpha != 1:
             return f"alpha is {site.alpha:g}, not 1"
-        correction = corrections.sites[site.name]
         check_shapes(correction, site)
         place = self._weight_place(site, node, correction)
         if isinstance(place, str):
             return place
-        shift = shift_of(self.model, op) if "shift" in brought_by(op) else None
         try:
+            axes = site.weight().ndim
+            if axes != 2:
+                return f"its weight has {axes} axes, not 2"
             bias = added_bias(correction, site, shift)
         except InputError as e:
             return str(e)
@@ -114,6 +119,9 @@ class _Fold:
             self._add(site, end, low_rank(self.model, self.names, self.constants, site, self.made_by, (a, b)))
         self.model.settled.add(site.name)
         return ""
+
+    def _shift(self, op: gs.Node) -> np.ndarray | None:
+        return shift_of(self.model, op) if "shift" in brought_by(op) else None
 
     def _add(self, site: Site, end: gs.Node | str, addend: gs.Tensor) -> gs.Node:
         """Add something behind a layer or what was added before; returns the last node."""

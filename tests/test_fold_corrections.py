@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -171,6 +172,60 @@ def test_a_fold_with_the_wrong_sign_of_the_shift_fails_validation(tmp_path, monk
     assert any("make up for the shift" in said for said in failed(source, out, X.astype(np.float32)))
 
 
+def spoilt(proto: onnx.ModelProto, how: str) -> None:
+    """Something that a correction would not have left behind."""
+    graph, site = proto.graph, recorded_name(proto)
+    first = next(node for node in graph.node if node.name.endswith("/low_a"))
+    if how == "reads its own sum":
+        first.input[0] = "twin"
+    elif how == "has another reader":
+        graph.node.append(onnx.helper.make_node("Neg", [first.output[0]], ["seen"]))
+        graph.output.append(onnx.helper.make_tensor_value_info("seen", 1, ["t", 4]))
+    elif how == "is not recorded":
+        entry = next(p for p in proto.metadata_props if p.key == "nmonnx.fit")
+        entry.value = entry.value.replace(f'"{site}"', '"another"')
+    elif how == "is added twice":
+        end = next(node for node in graph.node if node.output[0] == "y")
+        end.output[0] = "once"
+        graph.node.append(onnx.helper.make_node("Add", ["once", end.input[1]], ["y"], "again"))
+        graph.node[-1].metadata_props.extend(end.metadata_props)
+
+
+def recorded_name(proto: onnx.ModelProto) -> str:
+    recorded = next(p.value for p in proto.metadata_props if p.key == "nmonnx.sites")
+    return json.loads(recorded)[0]["name"]
+
+
+@pytest.mark.parametrize("recipe", [FUSED, PRUNED], ids=["fused", "prune"])
+@pytest.mark.parametrize("how", ["reads its own sum", "has another reader", "is not recorded", "is added twice"])
+def test_a_low_rank_that_is_not_the_one_folded_fails_without_running(tmp_path, recipe, how):
+    proto = model(
+        f"low (float[t, {K}] x, float[t, {K}] twin) => (float[t, {N}] y, float[t, {K}] z) {{"
+        " y = MatMul(x, w) z = Neg(twin) }",
+        w=np.eye(K, N, dtype=np.float32),
+    )
+    source, out, _ = folded(tmp_path, proto, recipe, random_correction({"bias", "low", "shift"}))
+    feed = Feed("x", {"x": X.astype(np.float32), "twin": X.astype(np.float32)})
+    for feeds in ([feed], []):
+        assert [c.detail for c in validate(source, out, feeds=feeds).checks if not c.passed] == []
+    changed = onnx.load(out)
+    spoilt(changed, how)
+    onnx.save(changed, out)
+    faults = [f"{c.name}: {c.detail}" for c in validate(source, out, feeds=[]).checks if not c.passed]
+    print("XX", how, faults)
+    assert faults
+
+
+def test_a_layer_with_a_factor_is_left_alone(tmp_path):
+    proto = model(
+        f"half (float[t, {K}] x) => (float[t, {N}] y) {{ y = Gemm<alpha = 0.5>(x, w) }}",
+        w=np.eye(K, N, dtype=np.float32),
+    )
+    source, out, done = folded(tmp_path, proto, PRUNED, random_correction({"bias", "shift"}))
+    assert list(result(done).left.values()) == ["alpha is 0.5, not 1"]
+    assert failed(source, out, X.astype(np.float32)) == []
+
+
 def nbits() -> onnx.ModelProto:
     rng = np.random.default_rng(6)
     return model(
@@ -330,6 +385,9 @@ def test_a_mitigation_that_must_be_fitted_needs_its_file(tmp_path):
         ("bias", "ls"),
         ("r-sparse", "least-squares"),
         ("l-pts", "s-pts"),
+        ("l-pts", "s-pts-median"),
+        ("d-pts", "l-pts"),
+        ("d-pts", "distil"),
     ],
 )
 def test_mitigations_that_exclude_each_other_are_refused(names):

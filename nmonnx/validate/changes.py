@@ -29,7 +29,7 @@ class Explained:
 
     fused     nodes that an NMMatMul stands for, with the op
     inserted  the ops themselves, and constants that they alone read
-    removed   nodes that only served a fused layer
+    removed   nodes that only served what is dropped: fused layers, and Constant nodes that a new constant stands for
     rewired   (node, input) -> tensors that a layer may read there instead of its activation
     replaced  tensors of the original that a declared constant stands for
     added     new constants of ops: declared, or saying what leaving the input out says
@@ -48,7 +48,7 @@ class Explained:
         self.added: set[Key] = set()
         self.read: set[Key] = set()
         self.fallbacks: set[str] = set()
-        self._dropped: set[Key] = set()
+        self.dropped: set[Key] = set()
 
     def add(self, claim: Claim, before: Trail, after: Trail) -> None:
         """Account for one pruned layer: what lies between its activation and its output."""
@@ -57,7 +57,7 @@ class Explained:
         self.read.add((claim.scope, claim.activation))
         if claim.kernel == "NMMatMul":
             self.fused |= {key for key, node in after.own.items() if claim.output in node.output}
-            self._dropped |= before.nodes.keys()
+            self.dropped |= before.nodes.keys()
             return
         outputs = {output for node in after.own.values() for output in node.output}
         for key, node in before.nodes.items():
@@ -68,7 +68,7 @@ class Explained:
     def finish(self) -> None:
         """Find the nodes that only fed fused layers: weights' Cast, Transpose, Identity, constants."""
         readers = self.old.readers()
-        self.removed = set(self._dropped)
+        self.removed = set(self.dropped)
         growing = True
         while growing:
             growing = False

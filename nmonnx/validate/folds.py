@@ -41,6 +41,10 @@ class Folds:
         else:
             self.explained.added.add(key)
             self.explained.replaced.add(declared.replaces)
+            replaced = self.pair.old.find(claim.scope, declared.replaces)
+            constant = self.pair.old.maker(replaced) if replaced else None
+            if replaced and constant is not None and constant.op_type == "Constant":
+                self.explained.dropped.add((replaced[0], label(constant)))
             for scope, node in self.pair.readers.get(key, ()):
                 slots = [f"input {slot}" for slot, name in enumerate(node.input) if name == key[1]]
                 for slot in slots:
