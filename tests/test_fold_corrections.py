@@ -212,7 +212,6 @@ def test_a_low_rank_that_is_not_the_one_folded_fails_without_running(tmp_path, r
     spoilt(changed, how)
     onnx.save(changed, out)
     faults = [f"{c.name}: {c.detail}" for c in validate(source, out, feeds=[]).checks if not c.passed]
-    print("XX", how, faults)
     assert faults
 
 
@@ -224,6 +223,45 @@ def test_a_layer_with_a_factor_is_left_alone(tmp_path):
     source, out, done = folded(tmp_path, proto, PRUNED, random_correction({"bias", "shift"}))
     assert list(result(done).left.values()) == ["alpha is 0.5, not 1"]
     assert failed(source, out, X.astype(np.float32)) == []
+
+
+def test_a_weight_from_a_constant_node_is_replaced(tmp_path):
+    proto = layer("MatMul")[0]
+    (stored,) = proto.graph.initializer
+    proto.graph.node.insert(0, onnx.helper.make_node("Constant", [], [stored.name], value=stored))
+    del proto.graph.initializer[:]
+    source, out, done = folded(tmp_path, proto, PRUNED, random_correction({"weight"}))
+    assert (result(done).changed, result(done).left) == (1, {})
+    assert failed(source, out, X.astype(np.float32)) == []
+
+
+def test_a_stack_of_weights_is_left_alone(tmp_path):
+    proto = model(
+        f"stack (float[2, t, {K}] x) => (float[2, t, {N}] y) {{ y = MatMul(x, w) }}", w=np.ones((2, K, N), np.float32)
+    )
+    _, _, done = folded(tmp_path, proto, PRUNED, random_correction({"bias"}))
+    assert list(result(done).left.values()) == ["its weight has 3 axes, not 2"]
+
+
+def test_layers_behind_one_quantiser_have_one_shift(tmp_path):
+    proto = model(
+        f"""one (float[t, {K}] x) => (float[t, {N}] y, float[t, {N}] z) {{
+            q, s, o = DynamicQuantizeLinear(x)
+            y = com.microsoft.MatMulIntegerToFloat(q, a, s, sa, o)
+            z = com.microsoft.MatMulIntegerToFloat(q, b, s, sa, o)
+        }}""",
+        a=np.eye(K, N).astype(np.int8),
+        b=np.eye(K, N).astype(np.int8) * 2,
+        sa=np.float32(0.5),
+    )
+    source = write(proto, tmp_path / "model.onnx")
+    first, second = (site.name for site in find_sites(load(source)).sites)
+    for other, count in ((9, 0), (2, 2)):
+        sites = {first: random_correction({"shift"}), second: random_correction({"shift"}, seed=other)}
+        fit = Corrections(sites, file_sha256(source), PRUNED.to_json(), "")
+        done = convert(source, tmp_path / "sparse.onnx", PRUNED, True, fit=fit)
+        assert result(done).changed == count
+        assert failed(source, done.out, X.astype(np.float32)) == []
 
 
 def nbits() -> onnx.ModelProto:
