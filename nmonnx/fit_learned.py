@@ -19,8 +19,8 @@ _DISTIL = {"regime": "end-to-end", "rate": 2e-4, "windows": 120, "half": True}
 
 @dataclass(frozen=True)
 class Learning:
-    """What is asked of `nmonnx.learn.Settings`, each under its name there; None leaves its default, and for "distil" that
-    of `_DISTIL`."""
+    """What is asked of `nmonnx.learn.Settings`, each under its name there; None leaves its default, or that of
+    `_DISTIL`."""
 
     regime: str | None = None
     epochs: int | None = None

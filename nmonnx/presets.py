@@ -22,8 +22,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 """The paper is arXiv 2509.22166: all linear layers of every block (Table 6); the choice for Qwen2.5; the two of
 Table 5. amber: what arXiv 2508.02128 prunes, but for the blocks that it lists for each model. teal and chess: the
 thresholds of arXiv 2408.14690 and of CHESS (EMNLP 2024) on all layers, with one share everywhere. best: what we tell
-users to take; it needs `nmonnx calibrate` and `nmonnx sensitivity`. best-learned: the same with weights that have learned
-to predict what the dense model does; it needs `nmonnx fit` too."""
+users to take; it needs `nmonnx calibrate` and `nmonnx sensitivity`. best-learned: the same with weights that have
+learned to predict what the dense model does; it needs `nmonnx fit` too."""
 
 
 def preset_named(name: str) -> dict[str, Any]:

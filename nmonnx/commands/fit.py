@@ -105,7 +105,7 @@ def command(
     ] = None,
     regime: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Learned: by-layers, each block for itself, or end-to-end. [default: by-layers; distil: end-to-end]"),
+        typer.Option(help="Learned: by-layers, each block for itself, or end-to-end (default of distil)."),
     ] = None,
     windows: Annotated[
         Optional[int],  # noqa: UP045
@@ -115,7 +115,10 @@ def command(
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Learned: how often. [default: 1]"),
     ] = None,
-    lr: Annotated[Optional[float], typer.Option(help="Learned: rate of AdamW. [default: 0.0001; distil: 0.0002]")] = None,  # noqa: UP045
+    lr: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Learned: rate of AdamW. [default: 0.0001; distil: 0.0002]"),
+    ] = None,
     memory: Annotated[int, typer.Option(min=1, help="MiB of sums held at a time, about.")] = 1024,
     threads: Threads = 0,
     overwrite: Overwrite = False,
