@@ -13,7 +13,6 @@ from nmonnx.errors import UsageError
 from nmonnx.graph import DOMAIN, Model
 from nmonnx.passes.bodies import INPUTS
 from nmonnx.passes.result import PassResult
-from nmonnx.passes.surgery import function_of
 from nmonnx.passes.token_policy import TokenPolicy
 from nmonnx.sites import Site
 
@@ -41,7 +40,7 @@ class DenseTokens:
             for node in graph.nodes:
                 if node.domain == DOMAIN and id(node) in model.notes and not _is_told(node):
                     names = json.loads(model.notes[id(node)]["nmonnx.site"])
-                    reason = self._refusal(path, by_name[names[0]])
+                    reason = self.policy.refusal(path, by_name[names[0]].activation.shape)
                     left |= dict.fromkeys(names, reason) if reason else {}
                     found += [] if reason else [node]
         if not found:
@@ -54,18 +53,6 @@ class DenseTokens:
             place = INPUTS[node.op].index("dense")
             node.inputs += [*(gs.Variable.empty() for _ in range(place - len(node.inputs))), dense]
         return PassResult(self.name, len(found), left)
-
-    def _refusal(self, path: str, site: Site) -> str:
-        if function_of(path):
-            return "it lies in a function, which does not see the inputs of the graph: every token is pruned"
-        if not self.policy.by_token:
-            return ""
-        if ".body" in path:
-            return "it lies in a loop, whose tokens are not those of the call: every token is pruned"
-        shape = site.activation.shape
-        if shape is not None and len(shape) > 2 and any(isinstance(size, int) for size in shape[1:-1]):
-            return f"its activation has the shape {list(shape)}, not that of the tokens: every token is pruned"
-        return ""
 
 
 def _is_told(node: gs.Node) -> bool:

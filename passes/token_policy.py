@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,19 +53,33 @@ class TokenPolicy:
             raise UsageError(
                 "phase and dense_prefix need a graph that takes token ids or embeddings [batch, length, ...]"
             )
-        shape = made.add("Shape", tokens.name)
-        length = made.add("Gather", shape, made.constant(1))
+        shape = made.add("Shape", "shape", tokens.name)
+        one = made.constant("one", 1)
+        length = made.add("Gather", "length", shape, one)
         parts = []
         if self.phase != "both":
-            single = made.add("Equal", length, made.constant(1))
-            parts.append(single if self.phase == "prefill" else made.add("Not", single))
+            single = made.add("Equal", "single", length, one)
+            parts.append(single if self.phase == "prefill" else made.add("Not", "several", single))
         if self.dense_prefix:
-            early = made.add("Less", _positions(made, ports, length), made.constant(self.dense_prefix))
-            rows = made.add("Slice", shape, made.constant([0]), made.constant([2]))
-            parts.append(made.add("Expand", early, rows))
-        both = made.add("Or", *parts) if len(parts) == 2 else parts[0]
-        made.add("Reshape", both, made.constant([-1]), output=made.base)
+            positions = _positions(made, ports, length, one)
+            early = made.add("Less", "early", positions, made.constant("prefix", self.dense_prefix))
+            rows = made.add("Slice", "rows", shape, made.constant("nought", [0]), made.constant("two", [2]))
+            parts.append(made.add("Expand", "each", early, rows))
+        either = made.add("Or", "either", *parts) if len(parts) == 2 else parts[0]
+        made.add("Reshape", "", either, made.constant("flat", [-1]))
         return made.nodes
+
+    def refusal(self, scope: str, shape: Sequence[int | str | None] | None) -> str:
+        """Why a layer in the scope at path `scope`, with an activation of `shape`, cannot be told; "" when it can."""
+        if scope.startswith("function:"):
+            return "it lies in a function, which does not see the inputs of the graph: every token is pruned"
+        if not self.by_token:
+            return ""
+        if ".body" in scope:
+            return "it lies in a loop, whose tokens are not those of the call: every token is pruned"
+        if shape is not None and len(shape) > 2 and any(isinstance(size, int) for size in shape[1:-1]):
+            return f"its activation has the shape {list(shape)}, not that of the tokens: every token is pruned"
+        return ""
 
 
 class _Nodes:
@@ -78,37 +92,37 @@ class _Nodes:
         while any(name.startswith(self.base) for name in taken):
             self.base += "_"
 
-    def add(self, op: str, *inputs: str, output: str = "", **attributes: Any) -> str:
-        name = output or f"{self.base}/{op}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op, inputs, [name], name=name, **attributes))
-        return name
+    def add(self, op: str, name: str, *inputs: str, **attributes: Any) -> str:
+        output = f"{self.base}/{name}" if name else self.base
+        self.nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
+        return output
 
-    def constant(self, values: int | list[int]) -> str:
-        return self.add("Constant", value=numpy_helper.from_array(np.array(values, np.int64)))
+    def constant(self, name: str, values: int | list[int]) -> str:
+        return self.add("Constant", name, value=numpy_helper.from_array(np.array(values, np.int64)))
 
 
-def _positions(made: _Nodes, ports: tuple[Port, ...], length: str) -> str:
+def _positions(made: _Nodes, ports: tuple[Port, ...], length: str, one: str) -> str:
     """The tensor of positions as int64, [B, S] or what expands to that."""
     by_role = {port.role: port for port in reversed(ports)}
     positions, mask, past = (by_role.get(role) for role in ("positions", "mask", "past"))
     if positions is not None and len(positions.shape) in (1, 2):
-        return made.add("Cast", positions.name, to=TensorProto.INT64)
+        return made.add("Cast", "positions", positions.name, to=TensorProto.INT64)
     if mask is not None:
-        whole = made.add("Cast", mask.name, to=TensorProto.INT64)
-        counts = made.add("CumSum", whole, made.constant(1))
-        total = made.add("Gather", made.add("Shape", mask.name), made.constant([1]))
-        first = made.add("Sub", total, length)
-        last = made.add("Slice", counts, first, total, made.constant([1]))
-        return made.add("Sub", last, made.constant(1))
+        seen = made.add("CumSum", "seen", made.add("Cast", "mask", mask.name, to=TensorProto.INT64), one)
+        axis = made.constant("axis", [1])
+        total = made.add("Gather", "total", made.add("Shape", "mask_shape", mask.name), axis)
+        before = made.add("Sub", "before", total, length)
+        return made.add("Sub", "positions", made.add("Slice", "last", seen, before, total, axis), one)
     if {"state", "use_cache", "seqlens"} & by_role.keys():
         raise UsageError(
             "dense_prefix needs the positions of the tokens, and the graph takes neither position ids nor an attention"
             " mask, and a cache whose length does not tell them; export it with position_ids"
         )
-    start = made.constant(0)
+    start = made.constant("start", 0)
     if past is not None:
-        start = made.add("Gather", made.add("Shape", past.name), made.constant(past.axis))
-    return made.add("Range", start, made.add("Add", start, length), made.constant(1))
+        axis = made.constant("past_axis", past.axis)
+        start = made.add("Gather", "past", made.add("Shape", "past_shape", past.name), axis)
+    return made.add("Range", "positions", start, made.add("Add", "end", start, length), one)
 
 
 def _names(graph: GraphProto) -> Iterator[str]:

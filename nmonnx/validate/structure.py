@@ -19,7 +19,7 @@ from nmonnx.validate.changes import Explained, unexplained
 from nmonnx.validate.claims import Claim, Claims
 from nmonnx.validate.folds import Folds
 from nmonnx.validate.pair import Pair
-from nmonnx.validate.policy import policy_nodes
+from nmonnx.validate.policy import check_policy, dense_key, policy_nodes
 from nmonnx.validate.result import Check, counted
 from nmonnx.validate.scopes import Key, Scopes, Trail
 
@@ -38,6 +38,8 @@ def check_structure(pair: Pair, found: Sequence[str] | None) -> list[Check]:
     work = _Structure(pair)
     checks = [] if found is None else [_check_sites(pair.claims, found)]
     checks += [work.prunes(), work.left(), work.ops()]
+    told = check_policy(pair, work.policy)
+    checks += [told] if told else []
     edits = list(Comparison(pair.in_before, pair.in_after).models(pair.before, pair.plain))
     return checks + work.changes(edits)
 
@@ -209,7 +211,7 @@ class _Structure:
         for key, slot in self._optional(scope, node):
             if self.pair.old.find(*key) is not None or key[1] in self.claims.changed:
                 continue
-            if slot == "dense" and self.policy and key == ("", list(self.policy.values())[-1].output[0]):
+            if slot == "dense" and key == dense_key(self.policy):
                 continue
             values = self.pair.constant(key)
             declared = self.claims.constants.get(key[1])
