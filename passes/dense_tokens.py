@@ -14,6 +14,7 @@ from nmonnx.graph import DOMAIN, Model
 from nmonnx.passes.bodies import INPUTS
 from nmonnx.passes.result import PassResult
 from nmonnx.passes.token_policy import TokenPolicy
+from nmonnx.passes.token_rows import TokenRows
 from nmonnx.sites import Site
 
 
@@ -23,7 +24,7 @@ class DenseTokens:
 
     1. Nothing happens where no token stays dense.
     2. Layers that cannot see the tensor prune every token, and are told with the reason: those inside functions and,
-       where the tokens of a call differ, those in loops or with an activation that has other tokens.
+       where the tokens of a call differ, those whose activation has other tokens: see `TokenRows`.
     3. Refused where no layer could see it, or `TokenPolicy.nodes` refuses the graph.
     """
 
@@ -36,11 +37,13 @@ class DenseTokens:
         by_name = {site.name: site for site in sites}
         left: dict[str, str] = {}
         found: list[gs.Node] = []
+        rows = TokenRows(model.proto.graph)
         for path, graph in model.scopes():
             for node in graph.nodes:
                 if node.domain == DOMAIN and id(node) in model.notes and not _is_told(node):
                     names = json.loads(model.notes[id(node)]["nmonnx.site"])
-                    reason = self.policy.refusal(path, by_name[names[0]].activation.shape)
+                    site = by_name[names[0]]
+                    reason = self.policy.refusal(rows, path, site.activation.name, site.role)
                     left |= dict.fromkeys(names, reason) if reason else {}
                     found += [] if reason else [node]
         if not found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from nmonnx.errors import UsageError
 from nmonnx.feeds.signature import Port, input_ports
+from nmonnx.passes.token_rows import TokenRows
 
 OLDEST_OPSET = 11
 
@@ -69,17 +70,11 @@ class TokenPolicy:
         made.add("Reshape", "", either, made.constant("flat", [-1]))
         return made.nodes
 
-    def refusal(self, scope: str, shape: Sequence[int | str | None] | None) -> str:
-        """Why a layer in the scope at path `scope`, with an activation of `shape`, cannot be told; "" when it can."""
+    def refusal(self, rows: TokenRows, scope: str, activation: str, role: str) -> str:
+        """Why a layer in the scope at path `scope` cannot be told; "" when it can."""
         if scope.startswith("function:"):
             return "it lies in a function, which does not see the inputs of the graph: every token is pruned"
-        if not self.by_token:
-            return ""
-        if ".body" in scope:
-            return "it lies in a loop, whose tokens are not those of the call: every token is pruned"
-        if shape is not None and len(shape) > 2 and any(isinstance(size, int) for size in shape[1:-1]):
-            return f"its activation has the shape {list(shape)}, not that of the tokens: every token is pruned"
-        return ""
+        return rows.refusal(scope, activation, role) if self.by_token else ""
 
 
 class _Nodes:

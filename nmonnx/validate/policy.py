@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from onnx import GraphProto, NodeProto
+from onnx import NodeProto
 
 from nmonnx.diff.compare import label
 from nmonnx.errors import UsageError
 from nmonnx.passes.token_policy import TokenPolicy
+from nmonnx.passes.token_rows import TokenRows
 from nmonnx.validate.pair import Pair
 from nmonnx.validate.result import Check, counted
 from nmonnx.validate.scopes import Key
@@ -19,9 +20,9 @@ def check_policy(pair: Pair, nodes: Mapping[Key, NodeProto]) -> Check | None:
     policy = _policy(pair)
     if not policy.keeps_some:
         return None
-    dense, shapes = dense_key(nodes), _shapes(pair.before.graph)
+    dense, rows = dense_key(nodes), TokenRows(pair.before.graph)
     faults, claims = [], [c for c in pair.claims.pruned if not c.scope]
-    told = [c for c in claims if not policy.refusal(c.scope, shapes.get(c.activation))]
+    told = [c for c in claims if not policy.refusal(rows, c.scope, c.activation, c.role)]
     for claim in told:
         trail = pair.new_trail(claim)
         ops = list(trail.own.values()) if trail else []
@@ -52,16 +53,6 @@ def policy_nodes(pair: Pair) -> dict[Key, NodeProto]:
 
 def _policy(pair: Pair) -> TokenPolicy:
     return TokenPolicy(pair.claims.recipe.phase, pair.claims.recipe.dense_prefix)
-
-
-def _shapes(graph: GraphProto) -> dict[str, list[int | str | None]]:
-    """What the graph says of the shapes of its tensors."""
-    shapes = {}
-    for value in (*graph.input, *graph.value_info):
-        if value.type.tensor_type.HasField("shape"):
-            dims = value.type.tensor_type.shape.dim
-            shapes[value.name] = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in dims]
-    return shapes
 
 
 def _is_same(node: NodeProto, asked: NodeProto) -> bool:

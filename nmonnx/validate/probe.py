@@ -20,13 +20,13 @@ from nmonnx.validate.pair import Pair
 
 @dataclass(eq=False)
 class Probe:
-    """One layer, and sums over what was seen of it. `before` are rows of the original's activation, `chosen` what
-    is kept of them where that depends on the whole call, `after` pairs of rows of the converted model's activation and
-    output, `dense` says which of them keep all channels. `options` are the op's inputs beside x and W; those that are
-    no stored values, but `computed` by nodes such as a Cast, are fetched by tensor name in each run. `own_bias` is what
-    a folded bias stands for in the original; `misfold` how far the folded one is from what it should be, `missum` the
-    same of what the rows of the weight add up to. `addition` is added behind the layer, `folded` what a correction
-    changed."""
+    """One layer, and sums over what was seen of it. `before` are rows of the original's activation, `chosen` what is
+    kept of them where that depends on the whole call, `dense` says which of them keep all channels; `after` rows of the
+    converted model's activation, of its output, and the same of them. `options` are the op's inputs beside x and W;
+    those that are no stored values, but `computed` by nodes such as a Cast, are fetched by tensor name in each run.
+    `own_bias` is what a folded bias stands for in the original; `misfold` how far the folded one is from what it should
+    be, `missum` the same of what the rows of the weight add up to. `addition` is added behind the layer, `folded` what
+    a correction changed."""
 
     claim: Claim
     node: NodeProto | None
@@ -50,7 +50,7 @@ class Probe:
     compares_outputs: bool = False
     before: list[np.ndarray] = field(default_factory=list)
     chosen: list[np.ndarray] = field(default_factory=list)
-    after: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    after: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
     dense: list[np.ndarray] = field(default_factory=list)
     error: float | None = None
     excess: float | None = None

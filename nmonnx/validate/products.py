@@ -84,7 +84,9 @@ def _beyond_rounding(made: np.ndarray, rows: np.ndarray, weight: np.ndarray, own
 
 def _excess(probe: Probe, weight: np.ndarray) -> float:
     """Largest |y - reference| in units of what rounding explains: float32 sums in any order, and the rounding of y."""
-    x, y = (np.concatenate(part)[:ROWS] for part in zip(*probe.after, strict=True))
+    x, y, dense = (np.concatenate(part)[:ROWS] for part in zip(*probe.after, strict=True))
+    if "dense" in probe.options:
+        probe.options["dense"] = dense
     bias = probe.options.get("bias", np.zeros(1, np.float32)).reshape(-1).astype(np.float64)
     pruned = probe.prune(x).astype(np.float64)
     if probe.center:  # one more channel, for which every column of the weight is its row_sum

@@ -87,7 +87,8 @@ def _see_op(probe: Probe, after: Mapping[str, np.ndarray]) -> None:
     probe.nonzero += int(np.count_nonzero(got))
     if probe.fused:
         y = after[probe.claim.output]
-        probe.after.append((_sample(x), _sample(y.reshape(-1, y.shape[-1]))))
+        rows = (x, y.reshape(-1, y.shape[-1]), _dense_of(probe, len(x)))
+        probe.after.append((_sample(rows[0]), _sample(rows[1]), _sample(rows[2])))
         return
     alike = close(got, want) if probe.variance else same(got, want)
     probe.wrong_values += int((~alike).sum())
