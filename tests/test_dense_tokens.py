@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 import toy_decoders
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
-from small_models import mlp, write
+from small_models import mlp, model, weights, write
 from tiny_llama import CONFIG, write_folder
 from tiny_llama import weights as llama_weights
 
@@ -21,6 +22,7 @@ from nmonnx.errors import UsageError
 from nmonnx.library import make_session
 from nmonnx.models import build
 from nmonnx.passes.token_policy import TokenPolicy
+from nmonnx.passes.token_rows import TokenRows
 from nmonnx.pattern import Pattern
 from nmonnx.recipe import Recipe
 from nmonnx.validate import validate
@@ -220,6 +222,97 @@ def test_validation_accepts_it_and_sees_a_node_that_says_something_else(
 def test_the_original_stays_as_it_is_without_a_policy(tiny: Path, tmp_path: Path) -> None:
     done = convert(tiny, tmp_path / "out.onnx", Recipe(Pattern(2, 4)))
     assert not any("nmonnx/dense" in n.name for n in onnx.load(done.out).graph.node)
+
+
+def in_a_function() -> onnx.ModelProto:
+    """One layer of the main graph and one of a function, on embeddings."""
+    proto = onnx.parser.parse_model(
+        """
+        <ir_version: 8, opset_import: ["" : 17, "local" : 1]>
+        g (float[b,s,8] inputs_embeds) => (float[b,s,8] y) { h = MatMul(inputs_embeds, w1)  y = local.layer(h) }
+        <domain: "local", opset_import: ["" : 17]>
+        layer (x) => (y) { w = Constant<value = float[8,8] {WEIGHT}> ()  y = MatMul(x, w) }
+        """.replace("WEIGHT", ", ".join("1" for _ in range(64)))
+    )
+    proto.graph.initializer.append(numpy_helper.from_array(weights(8, 8), "w1"))
+    return proto
+
+
+@pytest.mark.parametrize("recipe", [{"phase": "prefill"}, {"dense_prefix": 2}], ids=str)
+def test_a_layer_in_a_function_prunes_every_token_and_says_so(tmp_path: Path, recipe: dict) -> None:
+    source = write(in_a_function(), tmp_path / "in.onnx")
+    done = convert(source, tmp_path / "out.onnx", Recipe(Pattern(2, 4), kernel="prune", **recipe))
+    (reason,) = next(p for p in done.passes if p.name == "dense-tokens").left.values()
+    assert reason == "it lies in a function, which does not see the inputs of the graph: every token is pruned"
+    x = np.random.default_rng(0).standard_normal((1, 3, 8)).astype(np.float32)
+    dense = np.arange(3) < recipe.get("dense_prefix", 0)
+    hidden = reference.prune(x, 2, 4, dense=dense) @ weights(8, 8)
+    want = reference.prune(hidden, 2, 4) @ np.ones((8, 8), np.float32)
+    for library in (True, False):
+        got = make_session(tmp_path / "out.onnx", library=library).run(None, {"inputs_embeds": x})[0]
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    assert all(c.passed for c in validate(source, done.out, threads=1).checks)
+
+
+def test_layers_in_branches_see_which_tokens_stay_dense(tmp_path: Path) -> None:
+    proto = model(
+        """
+        g (float[b,s,8] inputs_embeds, bool c) => (float[b,s,8] y) {
+          y = If(c) <then_branch = yes () => (float[b,s,8] p) { p = MatMul(inputs_embeds, w1) },
+                     else_branch = no () => (float[b,s,8] q) { q = MatMul(inputs_embeds, w2) }>
+        }
+        """,
+        w1=weights(8, 8),
+        w2=weights(8, 8, seed=1),
+    )
+    source = write(proto, tmp_path / "in.onnx")
+    done = convert(source, tmp_path / "out.onnx", Recipe(Pattern(2, 4), kernel="fused", dense_prefix=2))
+    assert next(p for p in done.passes if p.name == "dense-tokens").left == {}
+    x = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
+    for library in (True, False):
+        session = make_session(done.out, library=library)
+        for branch, seed in ((True, 0), (False, 1)):
+            want = reference.prune(x, 2, 4, dense=np.tile([True, True, False], 2)) @ weights(8, 8, seed=seed)
+            got = session.run(None, {"inputs_embeds": x, "c": np.array(branch)})[0]
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "picks",
+    ["t = NonZero(route) i = Gather<axis = 0>(t, one)", "i = Constant<value_ints = [-1]>()"],
+    ids=["routed", "head"],
+)
+def test_layers_that_see_only_some_tokens_prune_all_of_them(tmp_path: Path, picks: str) -> None:
+    is_head = "NonZero" not in picks
+    proto = model(
+        f"""
+        g (float[b,s,8] inputs_embeds, bool[b,s] route) => (float[b,n,8] logits) {{
+          one = Constant<value_int = 1>()
+          h = MatMul(inputs_embeds, w1)
+          {picks}
+          x = Gather<axis = 1>(h, i)
+          logits = MatMul(x, w2)
+        }}
+        """,
+        w1=weights(8, 8),
+        w2=weights(8, 8, seed=1),
+    )
+    source = write(proto, tmp_path / "in.onnx")
+    rows = TokenRows(proto.graph)
+    assert TokenPolicy("both", 2).refusal(rows, "", "x", "lm_head" if is_head else "up") != ""
+    assert TokenPolicy("both", 2).refusal(rows, "", "inputs_embeds", "lm_head" if is_head else "up") == ""
+    assert TokenPolicy("prefill").refusal(rows, "", "x", "up") == ""
+    assert TokenPolicy("both", 2).refusal(rows, "loop.body", "h", "up") != ""
+    if is_head:
+        return
+    done = convert(source, tmp_path / "out.onnx", Recipe(Pattern(2, 4), kernel="fused", dense_prefix=2))
+    (reason,) = next(p for p in done.passes if p.name == "dense-tokens").left.values()
+    assert reason == "its activation holds only some tokens of the call: every one of them is pruned"
+    x = np.random.default_rng(0).standard_normal((1, 4, 8)).astype(np.float32)
+    hidden = reference.prune(x, 2, 4, dense=np.arange(4) < 2) @ weights(8, 8)
+    want = reference.prune(hidden[:, [1, 3]], 2, 4) @ weights(8, 8, seed=1)
+    feeds = {"inputs_embeds": x, "route": np.array([[False, True, False, True]])}
+    np.testing.assert_allclose(make_session(done.out).run(None, feeds)[0], want, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_without_tokens_is_refused(tmp_path: Path) -> None:
