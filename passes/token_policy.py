@@ -42,7 +42,7 @@ class TokenPolicy:
         2. Positions are those of the graph's input; else what its attention mask [B, total] counts up to each of the
            last S columns; else from the length of the cache on, which is 0 where the graph has none.
 
-        Raises UsageError when the graph has no such inputs, or an opset before 11.
+        Raises UsageError when the graph has no such inputs, only calls of the other phase, or an opset before 11.
         """
         made = _Nodes(model.graph)
         ports = input_ports(model.graph)
@@ -54,6 +54,7 @@ class TokenPolicy:
             raise UsageError(
                 "phase and dense_prefix need a graph that takes token ids or embeddings [batch, length, ...]"
             )
+        self._refuse_length(tokens)
         shape = made.add("Shape", "shape", tokens.name)
         one = made.constant("one", 1)
         length = made.add("Gather", "length", shape, one)
@@ -69,6 +70,14 @@ class TokenPolicy:
         either = made.add("Or", "either", *parts) if len(parts) == 2 else parts[0]
         made.add("Reshape", "", either, made.constant("flat", [-1]))
         return made.nodes
+
+    def _refuse_length(self, tokens: Port) -> None:
+        length = tokens.shape[1]
+        if isinstance(length, int) and self.phase == ("decode" if length > 1 else "prefill"):
+            raise UsageError(
+                f"the rows of tokens in {tokens.name!r} have the fixed length {length}, so with phase {self.phase}"
+                " nothing would ever be pruned"
+            )
 
     def refusal(self, rows: TokenRows, scope: str, activation: str, role: str) -> str:
         """Why a layer in the scope at path `scope` cannot be told; "" when it can."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from onnx import GraphProto, NodeProto
 
+from nmonnx.feeds.signature import input_ports
+
 _PICKS = ("Gather", "GatherND", "GatherElements", "Compress")
 _PRODUCTS = ("MatMul", "Gemm", "MatMulNBits", "FusedMatMul")
 
@@ -22,6 +24,8 @@ class TokenRows:
                 self._shapes[value.name] = [
                     d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in dims
                 ]
+        tokens = next((p for p in input_ports(graph) if p.role in ("tokens", "embeds")), None)
+        self._call = list(tokens.shape[:2]) if tokens else []
         self._stored = {t.name for t in graph.initializer}
 
     def refusal(self, scope: str, activation: str, role: str) -> str:
@@ -30,7 +34,7 @@ class TokenRows:
         if ".body" in scope:
             return "it lies in a loop, whose tokens are not those of the call: every token is pruned"
         shape = self._shapes.get(activation, [])
-        if len(shape) > 2 and any(isinstance(size, int) for size in shape[1:-1]):
+        if len(shape) > 2 and shape[:-1] != self._call and any(isinstance(size, int) for size in shape[1:-1]):
             return f"its activation has the shape {shape}, not that of the tokens: every token is pruned"
         if not scope and self._are_picked(activation, role == "lm_head"):
             return "its activation holds only some tokens of the call: every one of them is pruned"

@@ -112,8 +112,9 @@ def test_embeddings_tell_the_number_of_tokens_too() -> None:
         ([("x", TensorProto.FLOAT, ["b", 8])], 17, "takes token ids or embeddings"),
         ([IDS, ("past_key_values.0.key", TensorProto.FLOAT, [1, 2, 64, 4])], 17, "export it with position_ids"),
         ([IDS], 10, "opset 10 is too old"),
+        ([("input_ids", TensorProto.INT64, ["b", 1])], 17, "fixed length 1, so with phase prefill nothing would ever"),
     ],
-    ids=["no tokens", "a fixed cache", "old"],
+    ids=["no tokens", "a fixed cache", "old", "one token"],
 )
 def test_a_graph_that_does_not_tell_is_refused(inputs: list[tuple], opset: int, words: str) -> None:
     graph = helper.make_graph([], "g", [helper.make_tensor_value_info(*i) for i in inputs], [])
@@ -199,6 +200,15 @@ def test_a_prefix_changes_nothing_in_the_tokens_behind_it_but_through_the_cache(
     got, want = (Decoder(path, threads=1).score(ids) for path in (done.out, tiny))
     np.testing.assert_allclose(got[:, :4], want[:, :4], atol=1e-4)
     assert np.abs(got[:, 4:] - want[:, 4:]).max() > 1e-2
+
+
+def test_what_a_prefix_does_does_not_depend_on_how_a_text_is_cut_into_calls(tiny: Path, tmp_path: Path) -> None:
+    done = convert(tiny, tmp_path / "out.onnx", Recipe(Pattern(2, 4), dense_prefix=4, kernel="fused"))
+    ids = np.random.default_rng(1).integers(3, 500, (2, 9))
+    decoder = Decoder(done.out, threads=1)
+    for prompt in (1, 3, 6):
+        steps = [decoder.prefill(ids[:, :prompt]), *(decoder.step(ids[:, i]) for i in range(prompt, 9))]
+        np.testing.assert_allclose(np.stack(steps, axis=1), decoder.score(ids)[:, prompt - 1 :], atol=1e-4)
 
 
 @pytest.mark.parametrize("recipe", [{"phase": "prefill"}, {"phase": "decode", "dense_prefix": 3}], ids=str)
@@ -344,3 +354,9 @@ def call(session, ids: np.ndarray, cache: dict[str, np.ndarray]) -> tuple[np.nda
     logits, *present = session.run(None, feeds)
     names = [o.name.replace("present", "past_key_values") for o in session.get_outputs()[1:]]
     return logits, dict(zip(names, present, strict=True))
+
+
+@pytest.mark.parametrize("told,length", [(True, 3), (False, 1)], ids=["those of the call", "one"])
+def test_a_recorded_shape_tells_whether_an_activation_holds_the_tokens(told: bool, length: int) -> None:
+    proto = model(f"g (float[2,3,8] inputs_embeds, float[2,{length},8] h) => (float[2,{length},8] y) {{ y = Relu(h) }}")
+    assert (TokenPolicy("both", 2).refusal(TokenRows(proto.graph), "", "h", "up") == "") == told
