@@ -16,6 +16,7 @@ from tiny_llama import CONFIG, write_folder
 from tiny_llama import weights as llama_weights
 
 from nmonnx import reference
+from nmonnx.commands.convert import conversion
 from nmonnx.convert import convert
 from nmonnx.decoder import Decoder
 from nmonnx.errors import UsageError
@@ -360,3 +361,12 @@ def call(session, ids: np.ndarray, cache: dict[str, np.ndarray]) -> tuple[np.nda
 def test_a_recorded_shape_tells_whether_an_activation_holds_the_tokens(told: bool, length: int) -> None:
     proto = model(f"g (float[2,3,8] inputs_embeds, float[2,{length},8] h) => (float[2,{length},8] y) {{ y = Relu(h) }}")
     assert (TokenPolicy("both", 2).refusal(TokenRows(proto.graph), "", "h", "up") == "") == told
+
+
+def test_the_report_says_which_tokens_stay_dense(tmp_path: Path) -> None:
+    source = write(in_a_function(), tmp_path / "in.onnx")
+    done = convert(source, None, Recipe(Pattern(2, 4), phase="decode", dense_prefix=4))
+    words = conversion(done).words
+    assert "Pruned in decode only: calls with one token in a row." in words
+    assert "Dense: the tokens at the first 4 positions." in words
+    assert any(line.startswith("In 1 layer: it lies in a function") for line in words)
