@@ -25,6 +25,7 @@ from nmonnx.errors import ModelError, NmonnxError, UsageError
 from nmonnx.gradients import Gradients
 from nmonnx.graph import load
 from nmonnx.parallel import Pool
+from nmonnx.pattern import Pattern
 from nmonnx.perplexity import perplexity
 from nmonnx.recipe import Recipe
 from nmonnx.sensitivity_record import Sensitivity
@@ -214,8 +215,8 @@ def _measure(job: Job) -> Measured:
 
 def kept_shares(records: Sequence[dict[str, Any]]) -> tuple[float, float]:
     """Shares of the weights read, by elements: (of the pruned layers, of all linear layers whose size is known)."""
-    pruned = [(r["k"] * r["n"], *map(int, r["pattern"].split(":"))) for r in records if r["status"] == "pruned"]
-    read, weights = sum(size * n / m for size, n, m in pruned), sum(size for size, _, _ in pruned)
+    pruned = [(r["k"] * r["n"], Pattern.parse(r["pattern"])) for r in records if r["status"] == "pruned"]
+    read, weights = sum(size * p.n / p.m for size, p in pruned), sum(size for size, _ in pruned)
     dense = sum(r["k"] * r["n"] for r in records if r["status"] != "pruned")
     return read / weights, (read + dense) / (weights + dense)
 

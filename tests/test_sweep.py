@@ -185,6 +185,7 @@ def test_kept_shares_count_dense_layers_in_the_second_alone():
         {"status": "left", "k": 16, "n": 60},
     ]
     assert kept_shares(records) == ((40 + 240) / 640, (40 + 240 + 960) / 1600)
+    assert kept_shares([{"k": 8, "n": 2, "status": "pruned", "pattern": "50%"}]) == (0.5, 0.5)
 
 
 def test_a_folder_is_for_one_sweep_at_a_time(tmp_path):
