@@ -16,7 +16,7 @@ from tiny_llama import CONFIG, write_folder
 from tiny_llama import weights as llama_weights
 
 from nmonnx import reference
-from nmonnx.commands.convert import conversion
+from nmonnx.commands.conversion import conversion
 from nmonnx.convert import convert
 from nmonnx.decoder import Decoder
 from nmonnx.errors import UsageError

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 from small_models import mlp, model, weights, write
 from test_treatment import branches
 
-from nmonnx.commands.convert import conversion
+from nmonnx.commands.conversion import conversion
 from nmonnx.convert import convert
 from nmonnx.errors import InputError, UsageError
 from nmonnx.library import make_session

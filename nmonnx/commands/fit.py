@@ -11,14 +11,18 @@ from rich.console import Console
 
 from nmonnx.commands.options import (
     Exclude,
+    GradientsPath,
     Include,
     ModelPath,
     Overwrite,
     Quiet,
     ReportPath,
+    SensitivityPath,
+    StatsPath,
     Threads,
     Verbose,
     read_feed_files,
+    read_measured,
     refuse_output,
     tell,
 )
@@ -74,18 +78,9 @@ def command(
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Prune the input of lm_head too.")] = False,
     include: Include = None,
     exclude: Exclude = None,
-    stats: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="What 'nmonnx calibrate' saw on MODEL (.npz).", show_default=False),
-    ] = None,
-    sensitivity: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="What 'nmonnx sensitivity' measured on MODEL (.json).", show_default=False),
-    ] = None,
-    gradients: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="What 'nmonnx gradients' measured on MODEL (.npz).", show_default=False),
-    ] = None,
+    stats: StatsPath = None,
+    sensitivity: SensitivityPath = None,
+    gradients: GradientsPath = None,
     window: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(min=2, help="Tokens of a window, each read from an empty cache. [default: 1024; learned: 512]"),
@@ -134,12 +129,9 @@ def command(
     """
     from nmonnx.fit import Fit, fit
     from nmonnx.fit_learned import Learning
-    from nmonnx.gradients import Gradients
     from nmonnx.mitigations import LEARNED
     from nmonnx.progress import progress_bar
     from nmonnx.recipe import Recipe
-    from nmonnx.sensitivity_record import Sensitivity
-    from nmonnx.stats import Stats
     from nmonnx.text import encode, load_tokenizer, read_text
 
     check_format(report)
@@ -170,6 +162,7 @@ def command(
     how = Fit(window or 1024, max_tokens, ridge, 0.2 if hold_out is None else hold_out, memory << 20, threads)
     learning = Learning(regime, epochs, lr, window, windows, hold_out)
     tokens = encode(load_tokenizer(tokenizer, beside=model), read_text(text)) if text else None
+    seen, weighed, slopes = read_measured(stats, sensitivity, gradients)
     words = Console(stderr=True)
     with progress_bar(words, "fitting", disable=quiet or not words.is_terminal) as progress:
         found = fit(
@@ -182,9 +175,9 @@ def command(
             progress,
             text.name if text else "",
             learning,
-            stats=Stats.load(stats) if stats else None,
-            sensitivity=Sensitivity.load(sensitivity) if sensitivity else None,
-            gradients=Gradients.load(gradients) if gradients else None,
+            stats=seen,
+            sensitivity=weighed,
+            gradients=slopes,
         )
     tell(fitted(out, model, found, verbose), report, quiet)
 

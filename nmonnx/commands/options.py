@@ -12,6 +12,9 @@ from nmonnx.report import Report, check_place, show, write
 
 if TYPE_CHECKING:
     from nmonnx.feeds import Feed
+    from nmonnx.gradients import Gradients
+    from nmonnx.sensitivity_record import Sensitivity
+    from nmonnx.stats import Stats
 
 ModelPath = Annotated[Path, typer.Argument(help="The model, an .onnx file.", show_default=False)]
 ReportPath = Annotated[
@@ -29,6 +32,18 @@ Exclude = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="One line for every layer.")]
+StatsPath = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--stats", help="What 'nmonnx calibrate' saw on MODEL (.npz).", show_default=False),
+]
+SensitivityPath = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--sensitivity", help="What 'nmonnx sensitivity' measured on MODEL (.json).", show_default=False),
+]
+GradientsPath = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--gradients", help="What 'nmonnx gradients' measured on MODEL (.npz).", show_default=False),
+]
 Threads = Annotated[int, typer.Option(min=0, help="Intra-op threads; 0: ONNX Runtime decides.")]
 
 
@@ -43,6 +58,21 @@ def tell(report: Report, path: Path | None, quiet: bool = False) -> None:
         show(report, console if console.is_terminal else Console(width=WIDTH))
     if path is not None:
         write(report, path)
+
+
+def read_measured(
+    stats: Path | None, sensitivity: Path | None, gradients: Path | None
+) -> tuple[Stats | None, Sensitivity | None, Gradients | None]:
+    """What was measured on the model before. Raises InputError."""
+    from nmonnx.gradients import Gradients
+    from nmonnx.sensitivity_record import Sensitivity
+    from nmonnx.stats import Stats
+
+    return (
+        Stats.load(stats) if stats else None,
+        Sensitivity.load(sensitivity) if sensitivity else None,
+        Gradients.load(gradients) if gradients else None,
+    )
 
 
 def read_feed_files(model: Path, files: list[Path]) -> list[Feed]:

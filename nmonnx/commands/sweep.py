@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 from rich.console import Console
 
-from nmonnx.commands.options import ModelPath, Quiet, ReportPath, tell
+from nmonnx.commands.options import (
+    GradientsPath,
+    ModelPath,
+    Quiet,
+    ReportPath,
+    SensitivityPath,
+    StatsPath,
+    tell,
+)
 from nmonnx.errors import RunError, UsageError
 from nmonnx.parallel import INSTALL, Workers
 from nmonnx.report import Report, check_format, table
@@ -56,18 +64,9 @@ def command(
         Optional[Path],  # noqa: UP045
         typer.Option("--config", "-c", help="The grid in YAML: the lists above; base: entries of all; recipes: more."),
     ] = None,
-    stats: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="What 'nmonnx calibrate' saw on MODEL (.npz).", show_default=False),
-    ] = None,
-    sensitivity: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="What 'nmonnx sensitivity' measured on MODEL (.json).", show_default=False),
-    ] = None,
-    gradients: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="What 'nmonnx gradients' measured on MODEL (.npz).", show_default=False),
-    ] = None,
+    stats: StatsPath = None,
+    sensitivity: SensitivityPath = None,
+    gradients: GradientsPath = None,
     budget_loss: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(min=0, help="Also search the cheapest recipe that loses at most so many nats a token."),
