@@ -93,7 +93,7 @@ def _which_tokens(done: Conversion) -> list[str]:
         words.append(f"Pruned in {recipe.phase} only: calls with {PHASE_CALLS[recipe.phase]} in a row.")
     if recipe.dense_prefix:
         words.append(f"Dense: the tokens at the first {recipe.dense_prefix} positions.")
-    untold = Counter(next(p for p in done.passes if p.name == "dense-tokens").left.values())
+    untold = _left_by(done, "dense-tokens")
     return words + [f"In {_times(n)}: {why}." for why, n in untold.items()]
 
 
@@ -122,8 +122,8 @@ def _what_the_order_spares(done: Conversion) -> str:
 def _how_corrected(done: Conversion) -> list[str]:
     from nmonnx.corrections import brief
 
-    fold = next(p for p in done.passes if p.name == "fold-corrections")
-    if not fold.changed and not fold.left:
+    fold = next((p for p in done.passes if p.name == "fold-corrections"), None)
+    if fold is None or not (fold.changed or fold.left):
         return []
     words = [f"Corrections folded: {_times(fold.changed)}; {fold.bytes:+,} bytes of weights."]
     return words + [f"Not folded: {_times(n)}: {why}." for why, n in Counter(map(brief, fold.left.values())).items()]
