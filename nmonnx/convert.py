@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from nmonnx.digest import file_sha256
 from nmonnx.errors import InputError, UsageError
-from nmonnx.fit_match import check_fit, with_shifts
+from nmonnx.fit_match import check_fit, check_prunes, with_shifts
 from nmonnx.graph import Model, load
 from nmonnx.passes import PassResult, pipeline, run
 from nmonnx.recipe import Recipe
@@ -101,8 +101,7 @@ def rewrite(
     if earlier:
         raise UsageError(f"{source} is converted already ({earlier}); convert the original model instead")
     found = find_sites(model)
-    exclude = (*recipe.exclude, *block_selectors(found, recipe.dense_blocks))
-    selection = select(found, recipe.include, exclude, recipe.lm_head)
+    selection = selected(found, recipe)
     _refuse_nothing(model.path, found, selection)
     _refuse_foreign(
         model.path, {"statistics": stats, "sensitivity": sensitivity, "gradients": gradients, "corrections": fit}
@@ -110,10 +109,17 @@ def rewrite(
     check_fit(recipe, fit)
     planned = plan(recipe, found, selection.chosen, stats, sensitivity, gradients)
     if fit is not None:
+        check_prunes(planned, fit)
         planned = with_shifts(planned, fit, selection.chosen)
     results = run(pipeline(recipe, planned, selection.left, fit), model, selection.chosen)
     records = tuple(json.loads(model.metadata["nmonnx.sites"]))
     return model, Conversion(Path(source), recipe, found, selection, planned, tuple(results), records, None)
+
+
+def selected(found: Found, recipe: Recipe) -> Selection:
+    """The layers that a recipe prunes. Raises UsageError for a selector that matches nothing."""
+    exclude = (*recipe.exclude, *block_selectors(found, recipe.dense_blocks))
+    return select(found, recipe.include, exclude, recipe.lm_head)
 
 
 def converted_records(model: Model) -> list[dict] | None:

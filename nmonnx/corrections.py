@@ -64,12 +64,13 @@ class Corrections:
     recipe: str
     protocol: str
     refused: Mapping[str, str] = field(default_factory=dict)
+    prunes: Mapping[str, str] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Path:
         """Write one .npz file, a site at a time. Raises ModelError when it cannot be written."""
         path = Path(path)
         about = {key: getattr(self, key) for key in ("source", "recipe", "protocol")}
-        about |= {"format": _FORMAT, "refused": dict(self.refused)}
+        about |= {"format": _FORMAT, "refused": dict(self.refused), "prunes": dict(self.prunes)}
         with staging(path) as staged:
             write_parts(staged.open(path), about, ((name, site.arrays()) for name, site in self.sites.items()))
         return path

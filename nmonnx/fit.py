@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from nmonnx.calls import Call, Calls, feed_calls, window_calls
-from nmonnx.convert import converted_records
+from nmonnx.convert import converted_records, selected
 from nmonnx.corrections import Correction, Corrections
 from nmonnx.digest import file_sha256
 from nmonnx.errors import InputError, RunError, UsageError
@@ -24,9 +24,9 @@ from nmonnx.graph import load
 from nmonnx.mitigations import CLOSED_FORM, LEARNED
 from nmonnx.moments import KEPT, Moments, Rows
 from nmonnx.recipe import Recipe
-from nmonnx.sites import Site, converted_with, find_sites, select
+from nmonnx.sites import Site, converted_with, find_sites
 from nmonnx.taps import Tapped
-from nmonnx.treatment import Plan, plan
+from nmonnx.treatment import Plan, plan, prunes_of
 
 MEMORY = 1 << 30
 """Bytes of sums that are held at a time: layers are fitted in groups, with one run over the text for each."""
@@ -95,7 +95,7 @@ def fit(
     if converted_with(model) or converted_records(model) is not None:
         raise UsageError(f"{path} is converted already; fit on the original model instead")
     found = find_sites(model)
-    chosen = select(found, recipe.include, recipe.exclude, recipe.lm_head).chosen
+    chosen = selected(found, recipe).chosen
     source = file_sha256(path)
     for what, given in measured.items():
         if given is not None and given.source != source:  # type: ignore[attr-defined]
@@ -112,7 +112,9 @@ def fit(
     kept = hashlib.sha256(
         json.dumps([source, model.data_stamps(), calls.digest, recipe.to_json(), how.ridge, how.hold_out]).encode()
     )
-    work = _Work(recipe, how, planned, calls, path, Parts(out, kept.hexdigest(), source, recipe), progress)
+    work = _Work(
+        recipe, how, planned, calls, path, Parts(out, kept.hexdigest(), source, recipe, prunes_of(planned)), progress
+    )
     work.run(in_groups(taps, how.memory, recipe.fitted))
     held = f"the last {work.held} of {calls.count} held out"
     words = f"{', '.join(recipe.fitted)}, ridge {how.ridge:g}; {calls.protocol}; {held}"

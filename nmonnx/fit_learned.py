@@ -11,7 +11,7 @@ import numpy as np
 
 from nmonnx.corrections import Corrections
 from nmonnx.recipe import Recipe
-from nmonnx.treatment import Plan
+from nmonnx.treatment import Plan, prunes_of
 
 _DISTIL = {"regime": "end-to-end", "rate": 2e-4, "windows": 120, "half": True}
 """Defaults of whole weights, which learn from the predictions of the dense model (benchmarks/README.md)."""
@@ -56,8 +56,7 @@ def fit_learned(
     asked |= {f.name: getattr(how, f.name) for f in fields(how) if getattr(how, f.name) is not None}
     settings, checkpoint = Settings(**asked, rank=recipe.rank), out.with_name(f"{out.stem}.checkpoint")
     found = learn(path, recipe, plan, tokens, settings, checkpoint=checkpoint, progress=progress)
-    if label:
-        found = replace(found, protocol=f"{label}: {found.protocol}")
-    found.save(out)
+    protocol = f"{label}: {found.protocol}" if label else found.protocol
+    replace(found, protocol=protocol, prunes=prunes_of(plan)).save(out)
     checkpoint.unlink(missing_ok=True)
     return Corrections.load(out)

@@ -15,7 +15,7 @@ from nmonnx.recipe import Recipe
 from nmonnx.sites import Site
 from nmonnx.treatment import Plan, Treatment, share
 
-MATTERS = ("pattern", "patterns", "criterion", "share", "order", "allocate", "mitigations")
+MATTERS = ("pattern", "patterns", "criterion", "share", "order", "allocate", "mitigations", "rank")
 """What corrections are fitted for: another choice prunes other channels."""
 
 
@@ -43,6 +43,16 @@ def check_fit(recipe: Recipe, fit: Corrections | None) -> None:
         if wanted != given:
             raise UsageError(
                 f"the corrections were fitted for {key} {_said(given)}, the recipe asks for {_said(wanted)}; fit again"
+            )
+
+
+def check_prunes(plan: Plan, fit: Corrections) -> None:
+    """Raises UsageError when a layer would be pruned otherwise than it was fitted for, as by other statistics."""
+    for name, treatment in plan.treatments.items():
+        if name in fit.prunes and fit.prunes[name] != treatment.digest():
+            raise UsageError(
+                f"the corrections were fitted for another order, kept N, scale or shift of layer {name!r}; give the"
+                " --stats, --sensitivity and --gradients that 'nmonnx fit' had, or fit again"
             )
 
 

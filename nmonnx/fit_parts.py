@@ -14,7 +14,8 @@ from nmonnx.recipe import Recipe
 class Parts:
     """The groups that are fitted, each a file in the folder OUT.partial, for a run that is started again."""
 
-    def __init__(self, out: Path, fingerprint: str, source: str, recipe: Recipe) -> None:
+    def __init__(self, out: Path, fingerprint: str, source: str, recipe: Recipe, prunes: Mapping[str, str]) -> None:
+        self._prunes = prunes
         self._folder, self._source, self._recipe = out.with_name(f"{out.stem}.partial"), source, recipe.to_json()
         self._mark = fingerprint
         self._files: list[Path] = []
@@ -49,7 +50,7 @@ class Parts:
         refused = dict(unseen)
         for part in parts:
             refused |= part.refused
-        Corrections(_Joined(parts), self._source, self._recipe, protocol, refused).save(out)
+        Corrections(_Joined(parts), self._source, self._recipe, protocol, refused, self._prunes).save(out)
         shutil.rmtree(self._folder, ignore_errors=True)
         return Corrections.load(out)
 

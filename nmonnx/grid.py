@@ -89,15 +89,27 @@ class Grid:
                 impossible[f"{entries.get('pattern', '')} {words}".strip()] = str(e)
                 continue
             label = f"{recipe.pattern} {words}".strip()
+            why = _not_measured(recipe)
             missing = [f"--{need}" for need in recipe.needs if need not in given]
             if recipe.to_json() in seen:
                 continue
             seen.add(recipe.to_json())
-            if missing:
+            if why:
+                impossible[label] = why
+            elif missing:
                 impossible[label] = f"needs {' and '.join(missing)}"
             else:
                 recipes[label] = recipe
         return recipes, impossible
+
+
+def _not_measured(recipe: Recipe) -> str:
+    """Why a sweep cannot tell what the recipe costs, "" where it can."""
+    if recipe.fitted:
+        return f"{recipe.fitted[0]} is fitted for one recipe: take nmonnx fit, convert --fit and evaluate"
+    if recipe.phase == "decode":
+        return "perplexity is measured in calls of many tokens, which phase decode leaves dense"
+    return ""
 
 
 def _listed(entries: dict[str, Any]) -> dict[str, Any]:

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import yaml
 
+from nmonnx.convert import selected
 from nmonnx.errors import UsageError
 from nmonnx.graph import load
 from nmonnx.parallel import Pool
 from nmonnx.recipe import Recipe
 from nmonnx.sensitivity_record import Sensitivity
-from nmonnx.sites import find_sites, select
+from nmonnx.sites import find_sites
 from nmonnx.stats import Stats
 from nmonnx.sweep import Job, Measured, run_jobs
 from nmonnx.treatment import plan
@@ -112,7 +113,7 @@ class _Space:
         self._stats, self._sensitivity = Stats.load(given.stats), Sensitivity.load(given.sensitivity)
 
     def at(self, style: Recipe, keep: float) -> Recipe:
-        sites = select(self._found, style.include, style.exclude, style.lm_head).chosen
+        sites = selected(self._found, style).chosen
         wanted = replace(style, allocate="forward")
         treatments = plan(wanted, self._found, sites, self._stats, self._sensitivity, keep=keep).treatments
         patterns = tuple((f"re:^{re.escape(name)}$", treatment.pattern) for name, treatment in treatments.items())

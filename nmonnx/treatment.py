@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,6 +47,12 @@ class Treatment:
     center: Center | None = None
     threshold: np.ndarray | None = None
 
+    def digest(self) -> str:
+        """A short hash of all of it."""
+        about = [str(self.pattern), self.variance, self.center, sorted(self.constants())]
+        arrays = b"".join(np.ascontiguousarray(values).tobytes() for _, values in sorted(self.constants().items()))
+        return hashlib.sha256(json.dumps(about).encode() + arrays).hexdigest()[:16]
+
     def constants(self) -> dict[str, np.ndarray]:
         """The op's inputs, by name."""
         given = {"scale": self.scale, "shift": self.shift, "order": self.order, "threshold": self.threshold}
@@ -61,6 +69,12 @@ class Plan:
     treatments: Mapping[str, Treatment]
     plain: Mapping[str, str]
     lost: Mapping[str, Lost] = field(default_factory=dict)
+
+
+def prunes_of(plan: Plan) -> dict[str, str]:
+    """The digest of each site's treatment."""
+    digests = {id(t): t.digest() for t in plan.treatments.values()}
+    return {name: digests[id(t)] for name, t in plan.treatments.items()}
 
 
 def plan(

@@ -35,7 +35,8 @@ def amber(w: torch.Tensor, drop: bool) -> torch.Tensor:
     inside = (w >= low) & (w <= high)
     values = w.double()[inside]
     deviation = values.std() if values.numel() > 1 else torch.tensor(0.0)
-    standard = (w.double() - values.mean()) / (deviation if deviation > 0 else 1.0)
+    mean = values.mean() if values.numel() else 0.0
+    standard = (w.double() - mean) / (deviation if deviation > 0 else 1.0)
     return torch.where(inside, standard, 0.0).norm(dim=1) if drop else standard.norm(dim=1)
 
 

@@ -46,7 +46,8 @@ def predictions(path: Path) -> np.ndarray:
 def test_what_is_learned_folds_and_is_valid(llama, tmp_path, name, kernel):
     recipe = Recipe(pattern=Pattern(2, 8), kernel=kernel, mitigations=(name,), rank=2)
     found = fit(llama, recipe, tmp_path / "fit.npz", SEEN, how=HOW, label="words", learning=LEARNING)
-    assert found.sites and found.protocol.startswith(f"words: {name} learned by-layers")
+    regime = "end-to-end" if name == "distil" else "by-layers"
+    assert found.sites and found.protocol.startswith(f"words: {name} learned {regime}")
     assert not (tmp_path / "fit.checkpoint").exists()
     done = convert(llama, tmp_path / "sparse.onnx", recipe, fit=found)
     fold = next(p for p in done.passes if p.name == "fold-corrections")

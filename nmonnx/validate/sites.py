@@ -95,6 +95,8 @@ def _see_op(probe: Probe, after: Mapping[str, np.ndarray]) -> None:
     if isinstance(probe.pattern, Share) or probe.claim.kernel == "NMAnti":  # which keeps zeros first
         return
     sparse = ~_dense_of(probe, len(x))
+    if probe.variance:  # a token of no variance is multiplied by 0 (Eq. 5)
+        sparse &= want.any(axis=1)
     order, z, got = probe.options.get("order"), probe.moved(x)[sparse], got[sparse]
     probe.wrong_groups += _wrong_groups(
         z if order is None else z[:, order], got if order is None else got[:, order], probe.pattern
