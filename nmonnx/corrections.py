@@ -84,6 +84,8 @@ class Corrections:
             if about.pop("format") != _FORMAT:
                 raise KeyError("format")
             return cls(_OnDisk(Path(path), parts), **about)
+        except FileNotFoundError as e:
+            raise InputError(f"{path} does not exist; make it with 'nmonnx fit'") from e
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
             raise InputError(f"{path} holds no corrections; make them with 'nmonnx fit' ({e})") from e
 

@@ -77,6 +77,8 @@ class Gradients:
                     for number, (name, unit) in enumerate(about["sites"].items())
                 }
                 return cls(sites, about["source"], about["protocol"])
+        except FileNotFoundError as e:
+            raise InputError(f"{path} does not exist; make it with 'nmonnx gradients'") from e
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as e:
             raise InputError(f"{path} holds no gradients; make it with 'nmonnx gradients'") from e
 

@@ -47,7 +47,7 @@ def phases(
     """
     dense = models[0]
     if len(models) < 2:
-        raise UsageError("phases need a dense model and a conversion of it; give both")
+        raise UsageError("--split needs a dense model and a conversion of it; give both")
     pairs = list(dict.fromkeys(pair for other in models[1:] for pair in product((dense, other), repeat=2)))
     losses: dict[tuple[Path, Path], np.ndarray] = {}
     for number, (first, second) in enumerate(pairs):

@@ -100,13 +100,18 @@ class Recipe:
             if value not in known and not (key == "criterion" and value.endswith(".npz")):
                 also = " or an .npz file" if key == "criterion" else ""
                 raise UsageError(f"{key} {value!r} is not one of {', '.join(known)}{also}")
-        if self.dense_prefix < 0:
-            raise UsageError(f"dense_prefix {self.dense_prefix} is negative; it is a number of tokens")
+        if not 0 <= self.dense_prefix < 1 << 31:
+            raise UsageError(f"dense_prefix {self.dense_prefix} is no number of tokens; give 0 or more")
         unknown = [m for m in self.mitigations if m not in MITIGATIONS]
         if unknown:
             raise UsageError(f"mitigation {unknown[0]!r} is not one of {', '.join(MITIGATIONS)}")
         self._refuse_two_shifts()
         check_together(self.mitigations)
+        if self.fitted and any(getattr(self, key) != value for key, value in _EVERY_TOKEN.items()):
+            raise UsageError(
+                f"mitigation {self.fitted[0]} is folded into weights, which dense tokens meet too; leave phase and"
+                " dense_prefix out"
+            )
         if self.rank < 1:
             raise UsageError(f"rank {self.rank} must be 1 or more")
         if self.patterns and self.allocate != "uniform":

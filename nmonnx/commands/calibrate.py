@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 from rich.console import Console
 
-from nmonnx.commands.options import ModelPath, Overwrite, Quiet, Threads, read_feed_files, refuse_output, tell
+from nmonnx.commands.options import ModelPath, Overwrite, Quiet, Threads, beside, read_feed_files, refuse_output, tell
 from nmonnx.errors import UsageError
 from nmonnx.report import Report, table
 
@@ -68,7 +68,7 @@ def command(
     workers = Workers(backend, jobs, scheduler)
     if feeds and not workers.alone:
         raise UsageError("feeds are run one by one; --jobs and --backend are for a text")
-    out = output or model.with_name(f"{model.stem}-stats.npz")
+    out = output or beside(model, "-stats.npz")
     refuse_output(out, ".npz", overwrite, feeds or [])
     sites = find_sites(load(model)).sites
     tokens = encode(load_tokenizer(tokenizer, beside=model), read_text(text)) if text else None

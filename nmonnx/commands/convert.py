@@ -19,6 +19,7 @@ from nmonnx.commands.options import (
     SensitivityPath,
     StatsPath,
     Verbose,
+    beside,
     read_measured,
     tell,
 )
@@ -161,7 +162,7 @@ def command(
         flags = {**recipe_of(found), **flags}
     recipe = Recipe.read(config, flags) if config else Recipe.from_dict(flags, "convert")
     if output is None:
-        output = model.with_name(f"{model.stem}-{str(recipe.pattern).replace(':', 'x').replace('%', 'pct')}.onnx")
+        output = beside(model, f"-{str(recipe.pattern).replace(':', 'x').replace('%', 'pct')}.onnx")
     if output.suffix != ".onnx":
         raise UsageError(f"--output {output}: the name must end in .onnx")
     measured = read_measured(stats, sensitivity, gradients)

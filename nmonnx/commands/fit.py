@@ -21,6 +21,7 @@ from nmonnx.commands.options import (
     StatsPath,
     Threads,
     Verbose,
+    beside,
     read_feed_files,
     read_measured,
     refuse_output,
@@ -152,7 +153,7 @@ def command(
     given = {key: value for key, value in flags.items() if value is not None and value != []}
     flags = {**preset_named(preset), **given} if preset else given
     recipe = Recipe.read(config, flags) if config else Recipe.from_dict(flags, "fit")
-    out = output or model.with_name(f"{model.stem}-fit.npz")
+    out = output or beside(model, "-fit.npz")
     refuse_output(out, ".npz", overwrite, [*(feeds or []), *filter(None, (stats, sensitivity, gradients))])
     asked = {"--regime": regime, "--windows": windows, "--epochs": epochs, "--lr": lr}
     if not set(recipe.fitted) & set(LEARNED):

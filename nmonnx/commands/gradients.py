@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 from rich.console import Console
 
-from nmonnx.commands.options import ModelPath, Overwrite, Quiet, refuse_output, tell
+from nmonnx.commands.options import ModelPath, Overwrite, Quiet, beside, refuse_output, tell
 from nmonnx.report import Report
 
 
@@ -35,7 +35,7 @@ def command(
     from nmonnx.progress import progress_bar
     from nmonnx.text import encode, load_tokenizer, read_text
 
-    output = output or model.with_name(f"{model.stem}-gradients.npz")
+    output = output or beside(model, "-gradients.npz")
     refuse_output(output, ".npz", overwrite)
     tokens = encode(load_tokenizer(tokenizer, beside=model), read_text(text))
     words = Console(stderr=True)

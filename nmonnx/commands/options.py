@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 from rich.console import Console
 
+from nmonnx.errors import InputError
 from nmonnx.report import Report, check_place, show, write
 
 if TYPE_CHECKING:
@@ -58,6 +59,13 @@ def tell(report: Report, path: Path | None, quiet: bool = False) -> None:
         show(report, console if console.is_terminal else Console(width=WIDTH))
     if path is not None:
         write(report, path)
+
+
+def beside(model: Path, ending: str) -> Path:
+    """The default output beside the model, MODEL`ending`. Raises InputError for a model that is no file name."""
+    if not model.stem:
+        raise InputError(f"{model} is a folder; give the .onnx file in it")
+    return model.with_name(model.stem + ending)
 
 
 def read_measured(

@@ -20,7 +20,7 @@ from nmonnx.commands.options import (
     StatsPath,
     tell,
 )
-from nmonnx.errors import RunError, UsageError
+from nmonnx.errors import InputError, RunError, UsageError
 from nmonnx.parallel import INSTALL, Workers
 from nmonnx.report import Report, check_format, table
 
@@ -126,6 +126,8 @@ def command(
     recipes, impossible = Grid.read(config, flags).build(given)
     if not recipes:
         raise UsageError(f"no recipe of the grid can be: {'; '.join(f'{k}: {v}' for k, v in impossible.items())}")
+    if not model.is_file():
+        raise InputError(f"{model} does not exist or is no file; give the .onnx file")
     workers = Workers(backend, jobs, scheduler)
     tokens = encode(load_tokenizer(tokenizer, beside=model), read_text(text))
     words = Console(stderr=True)
