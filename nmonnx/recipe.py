@@ -101,8 +101,8 @@ class Recipe:
                 also = " or an .npz file" if key == "criterion" else ""
                 raise UsageError(f"{key} {value!r} is not one of {', '.join(known)}{also}")
         if not 0 <= self.dense_prefix < 1 << 31:
-            wrong = "negative" if self.dense_prefix < 0 else "more than any text has"
-            raise UsageError(f"dense_prefix {self.dense_prefix} is {wrong}; it is a number of tokens")
+            size = "negative" if self.dense_prefix < 0 else "more than any text has"
+            raise UsageError(f"dense_prefix {self.dense_prefix} is {size}; it is a number of tokens")
         unknown = [m for m in self.mitigations if m not in MITIGATIONS]
         if unknown:
             raise UsageError(f"mitigation {unknown[0]!r} is not one of {', '.join(MITIGATIONS)}")
