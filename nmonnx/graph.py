@@ -81,6 +81,7 @@ class Model:
     notes     metadata_props that passes add to nodes, by id(gs node)
     heirs     for a node that took the place of an original one: that one, whose metadata and doc string go on
     declared  new constants that do something: name -> {input of the op, sha256 of the values, tensor that it replaces}
+    alive     nodes whose id is a key above, so that no other node is given it when a pass takes one out
     shapeless tensors whose recorded shape is dropped, because something now computes with it
     ends      site name -> the tensor that has the layer's result, where nodes were added behind its `NMMatMul`
     settled   names of sites whose bias makes up for their shift already
@@ -102,6 +103,7 @@ class Model:
     ends: dict[str, str] = field(default_factory=dict)
     settled: set[str] = field(default_factory=set)
     origin: dict[int, NodeProto] = field(default_factory=dict)
+    alive: list[gs.Node] = field(default_factory=list)
 
     @property
     def opset(self) -> int:
@@ -149,9 +151,9 @@ def load(path: str | Path) -> Model:
     except Exception as e:
         raise InputError(f"{path}: the graph cannot be read: {e}") from e
     model = Model(path, proto, graph, reader)
-    _pair(graph, proto.graph, model.origin)
+    _pair(graph, proto.graph, model)
     for function, body in zip(graph.functions, proto.functions, strict=True):
-        _pair(function, body, model.origin)
+        _pair(function, body, model)
     return model
 
 
@@ -184,12 +186,13 @@ def _hint(folder: Path) -> str:
     return f"; did you mean {folder / inside[0]}?" if inside else ""
 
 
-def _pair(graph: gs.Graph, proto: GraphProto | onnx.FunctionProto, origin: dict[int, NodeProto]) -> None:
+def _pair(graph: gs.Graph, proto: GraphProto | onnx.FunctionProto, model: Model) -> None:
     for node, original in zip(graph.nodes, proto.node, strict=True):
-        origin[id(node)] = original
+        model.origin[id(node)] = original
+        model.alive.append(node)
         for attribute in original.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
-                _pair(node.attrs[attribute.name], attribute.g, origin)
+                _pair(node.attrs[attribute.name], attribute.g, model)
 
 
 def _function_paths(proto: ModelProto) -> list[str]:

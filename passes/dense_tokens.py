@@ -75,4 +75,5 @@ def _add_nodes(model: Model, policy: TokenPolicy, made_by: str) -> gs.Tensor:
         node = gs.Node(proto.op_type, proto.name, attributes, [tensors[name] for name in proto.input], [output])
         model.graph.nodes.append(node)
         model.notes[id(node)] = {"nmonnx.pass": made_by, "nmonnx.site": "[]"}
+        model.alive.append(node)
     return tensors[protos[-1].output[0]]

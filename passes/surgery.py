@@ -72,6 +72,7 @@ def function_of(scope: str) -> str:
 def note(model: Model, node: gs.Node, made_by: str, sites: Sequence[Site]) -> None:
     """Record on a new node which pass made it, for which sites."""
     model.notes[id(node)] = {"nmonnx.pass": made_by, "nmonnx.site": json.dumps([site.name for site in sites])}
+    model.alive.append(node)
 
 
 def nodes_of_sites(model: Model) -> Iterator[tuple[str, gs.Node]]:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 from onnx import TensorProto
-from small_models import mlp, write
+from small_models import mlp, model, write
 
 from nmonnx.errors import InputError
 from nmonnx.graph import load
@@ -227,3 +228,15 @@ def test_packed_and_narrow_types_read_as_onnx_reads_them(tmp_path, kind, values)
     model = load(write(proto, tmp_path / "m.onnx"))
     read = model.tensors.array(model.proto.graph.initializer[-1])
     np.testing.assert_array_equal(read.astype(np.float64), onnx.numpy_helper.to_array(tensor).astype(np.float64))
+
+
+def test_the_id_of_a_node_that_was_taken_out_is_not_given_to_another(tmp_path):
+    write(model("g (float[n] x) => (float[n] y) { t = Neg(x) y = Identity(t) }"), tmp_path / "m.onnx")
+    opened = load(tmp_path / "m.onnx")
+    known = set(opened.origin)
+    for node in list(opened.graph.nodes):
+        node.inputs.clear()
+        node.outputs.clear()
+    opened.graph.nodes.clear()
+    made = [gs.Node("Abs", inputs=[gs.Variable("a")], outputs=[gs.Variable("b")]) for _ in range(1000)]
+    assert not known & {id(node) for node in made}
