@@ -15,13 +15,13 @@ import numpy as np
 
 from nmonnx.accumulator import Accumulator
 from nmonnx.archive import read_archive, write_archive
-from nmonnx.calls import Call, feed_calls, window_calls
-from nmonnx.convert import converted_records
+from nmonnx.calls import Call, calls_of
+from nmonnx.convert import refuse_converted
 from nmonnx.digest import file_sha256
 from nmonnx.errors import InputError, RunError, UsageError
 from nmonnx.feeds import Feed
 from nmonnx.graph import Model, load
-from nmonnx.sites import Site, converted_with, find_sites
+from nmonnx.sites import Site, find_sites
 from nmonnx.stats import Seen, Stats
 from nmonnx.taps import Tapped
 
@@ -29,8 +29,6 @@ SAVE_EVERY = 30.0
 """Seconds between two checkpoints."""
 
 _INSIDE = "inside a subgraph or function, whose tensors cannot be seen from outside"
-_BUDGET, _FEWEST, _MOST = 256 << 20, 16, 256
-"""Bytes of activations that one call may give, and the least and most tokens of a call."""
 
 
 def calibrate(
@@ -66,18 +64,11 @@ def calibrate(
     _check_arguments(tokens, feeds, window, max_tokens, sample)
     path = Path(model_path)
     model = load(path)
-    if converted_with(model) or converted_records(model) is not None:
-        raise UsageError(f"{path} is converted already; calibrate the original model instead")
+    refuse_converted(model, "calibrate")
     tally = _tally(model, sample)
     tapped = Tapped(path, model.proto, model.tensors, tally.sites, threads)
-    sig = tapped.signature()
-    if tokens is not None:
-        width = sum(sites[0].k for sites in tally.sites.values())
-        piece = min(max(_BUDGET // (4 * max(width, 1)), _FEWEST), _MOST)
-        calls = window_calls(tapped, sig, np.asarray(tokens)[:max_tokens], window, piece, first)
-    else:
-        named = [f if isinstance(f, Feed) else Feed(f"feed {i}", dict(f)) for i, f in enumerate(feeds or ())]
-        calls = feed_calls(tapped, sig, named, first)
+    text = None if tokens is None else np.asarray(tokens)[:max_tokens]
+    calls = calls_of(tapped, text, feeds, window, sum(sites[0].k for sites in tally.sites.values()), first)
     source = file_sha256(path)
     settings = [source, model.data_stamps(), calls.digest, calls.protocol, sample, first, list(tally.sites)]
     state = _State(Path(checkpoint) if checkpoint else None, hashlib.sha256(json.dumps(settings).encode()).hexdigest())

@@ -13,6 +13,9 @@ from nmonnx.errors import InputError, RunError, UsageError
 from nmonnx.feeds import Feed, Signature, make_feeds, vocabulary
 from nmonnx.taps import Tapped
 
+_BUDGET, _FEWEST, _MOST = 256 << 20, 16, 256
+"""Bytes of activations that one call may give, and the least and most tokens of a call."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -159,6 +162,24 @@ class _Feeds:
         elif not lengths:
             lengths = [feed.arrays[p.name].shape[p.axis] for p in ports]
         return max(lengths, default=0) > 0
+
+
+def calls_of(
+    tapped: Tapped,
+    tokens: np.ndarray | None,
+    feeds: Sequence[Feed | Mapping[str, np.ndarray]] | None,
+    window: int,
+    width: int,
+    first: int = 0,
+) -> Calls:
+    """The calls of a text, as `window_calls`, or of feeds, as `feed_calls`. `width` channels are seen of every token;
+    it decides how many tokens a call may hold."""
+    sig = tapped.signature()
+    if tokens is None:
+        named = [f if isinstance(f, Feed) else Feed(f"feed {i}", dict(f)) for i, f in enumerate(feeds or ())]
+        return feed_calls(tapped, sig, named, first)
+    piece = min(max(_BUDGET // (4 * max(width, 1)), _FEWEST), _MOST)
+    return window_calls(tapped, sig, tokens, window, piece, first)
 
 
 def window_calls(tapped: Tapped, sig: Signature, tokens: np.ndarray, window: int, piece: int, first: int) -> Calls:

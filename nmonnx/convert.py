@@ -103,7 +103,7 @@ def rewrite(
     found = find_sites(model)
     selection = selected(found, recipe)
     _refuse_nothing(model.path, found, selection)
-    _refuse_foreign(
+    refuse_foreign(
         model.path, {"statistics": stats, "sensitivity": sensitivity, "gradients": gradients, "corrections": fit}
     )
     check_fit(recipe, fit)
@@ -131,6 +131,12 @@ def converted_records(model: Model) -> list[dict] | None:
         raise InputError(f"{model.path}: its metadata entry nmonnx.sites is damaged; convert the original again") from e
 
 
+def refuse_converted(model: Model, action: str) -> None:
+    """Raises UsageError for a converted model, whose inner tensors are not those of the original."""
+    if converted_with(model) or converted_records(model) is not None:
+        raise UsageError(f"{model.path} is converted already; {action} the original model instead")
+
+
 def _recipe_in(model: Model) -> str:
     """The pattern that the metadata speaks of: the ops may have been inlined since."""
     recipe = next((p.value for p in model.proto.metadata_props if p.key == "nmonnx.recipe"), "")
@@ -152,7 +158,8 @@ def _refuse_nothing(path: Path, found: Found, selection: Selection) -> None:
     raise UsageError(f"{path}: nothing to prune, all {len(linears)} linear layers are left: {reasons}{seen}")
 
 
-def _refuse_foreign(path: Path, measured: Mapping[str, Stats | Sensitivity | Gradients | Corrections | None]) -> None:
+def refuse_foreign(path: Path, measured: Mapping[str, Stats | Sensitivity | Gradients | Corrections | None]) -> None:
+    """Raises UsageError for what was measured on another model than that at `path`."""
     source = file_sha256(path) if any(m is not None for m in measured.values()) else ""
     for what, given in measured.items():
         if given is not None and given.source != source:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nmonnx.calls import Call, Calls, feed_calls, window_calls
-from nmonnx.convert import converted_records, selected
+from nmonnx.calls import Call, Calls, calls_of
+from nmonnx.convert import refuse_converted, refuse_foreign, selected
 from nmonnx.corrections import Correction, Corrections
 from nmonnx.digest import file_sha256
 from nmonnx.errors import InputError, RunError, UsageError
@@ -24,14 +24,12 @@ from nmonnx.graph import load
 from nmonnx.mitigations import CLOSED_FORM, LEARNED
 from nmonnx.moments import KEPT, Moments, Rows
 from nmonnx.recipe import Recipe
-from nmonnx.sites import Site, converted_with, find_sites
+from nmonnx.sites import Site, find_sites
 from nmonnx.taps import Tapped
 from nmonnx.treatment import Plan, plan, prunes_of
 
 MEMORY = 1 << 30
 """Bytes of sums that are held at a time: layers are fitted in groups, with one run over the text for each."""
-
-_BUDGET, _FEWEST, _MOST = 256 << 20, 16, 256
 
 
 @dataclass(frozen=True)
@@ -92,14 +90,11 @@ def fit(
     if not recipe.fitted:
         raise UsageError(f"the recipe has no mitigation to fit; give one of {', '.join((*CLOSED_FORM, *LEARNED))}")
     model = load(path)
-    if converted_with(model) or converted_records(model) is not None:
-        raise UsageError(f"{path} is converted already; fit on the original model instead")
+    refuse_converted(model, "fit on")
     found = find_sites(model)
     chosen = selected(found, recipe).chosen
     source = file_sha256(path)
-    for what, given in measured.items():
-        if given is not None and given.source != source:  # type: ignore[attr-defined]
-            raise UsageError(f"the {what} was measured on another model; measure again on {path}")
+    refuse_foreign(path, measured)  # type: ignore[arg-type]
     planned = plan(recipe, found, chosen, **measured)  # type: ignore[arg-type]
     if set(recipe.fitted) & set(LEARNED):
         if tokens is None:
@@ -108,7 +103,12 @@ def fit(
         return fit_learned(path, recipe, planned, read, out, learning, how.threads, label, progress)
     taps, unseen = activations(model, chosen, planned)
     tapped = Tapped(path, model.proto, model.tensors, (a.name for a in taps), how.threads)
-    calls = _calls(tapped, taps, tokens, feeds, how)
+    text = None if tokens is None else np.asarray(tokens)[: how.max_tokens]
+    calls = calls_of(tapped, text, feeds, how.window, sum(a.k for a in taps))
+    if calls.count < 2:
+        raise UsageError(
+            "one window (or feed) is too few: some are held out to judge on; give more text or a smaller --window"
+        )
     kept = hashlib.sha256(
         json.dumps([source, model.data_stamps(), calls.digest, recipe.to_json(), how.ridge, how.hold_out]).encode()
     )
@@ -119,24 +119,6 @@ def fit(
     held = f"the last {work.held} of {calls.count} held out"
     words = f"{', '.join(recipe.fitted)}, ridge {how.ridge:g}; {calls.protocol}; {held}"
     return work.parts.join(out, f"{label}: {words}" if label else words, unseen)
-
-
-def _calls(
-    tapped: Tapped, taps: Sequence[Activation], tokens: np.ndarray | None, feeds: Sequence | None, how: Fit
-) -> Calls:
-    sig = tapped.signature()
-    if tokens is None:
-        named = [f if isinstance(f, Feed) else Feed(f"feed {i}", dict(f)) for i, f in enumerate(feeds or ())]
-        calls = feed_calls(tapped, sig, named, 0)
-    else:
-        width = sum(a.k for a in taps)
-        piece = min(max(_BUDGET // (4 * max(width, 1)), _FEWEST), _MOST)
-        calls = window_calls(tapped, sig, np.asarray(tokens)[: how.max_tokens], how.window, piece, 0)
-    if calls.count < 2:
-        raise UsageError(
-            "one window (or feed) is too few: some are held out to judge on; give more text or a smaller --window"
-        )
-    return calls
 
 
 @dataclass

@@ -26,6 +26,12 @@ _ONE_OF = {
 
 def check_together(names: Sequence[str]) -> None:
     """Raise UsageError for mitigations that exclude each other."""
+    fixed, own = (next((n for n in names if n in kind), None) for kind in (SHIFTS, CENTERS))
+    if fixed and own:
+        raise UsageError(
+            f"mitigations {own} and {fixed} exclude each other: a token is moved by a number of its own or by"
+            " calibrated ones; give one of them"
+        )
     for what, choices in _ONE_OF.items():
         given = [name for name in names if name in choices]
         if len(given) > 1:

@@ -106,7 +106,6 @@ class Recipe:
         unknown = [m for m in self.mitigations if m not in MITIGATIONS]
         if unknown:
             raise UsageError(f"mitigation {unknown[0]!r} is not one of {', '.join(MITIGATIONS)}")
-        self._refuse_two_shifts()
         check_together(self.mitigations)
         if self.fitted and any(getattr(self, key) != value for key, value in _EVERY_TOKEN.items()):
             raise UsageError(
@@ -117,7 +116,6 @@ class Recipe:
             raise UsageError(f"rank {self.rank} must be 1 or more")
         if self.patterns and self.allocate != "uniform":
             raise UsageError("patterns for single layers and an allocation exclude each other; give one of them")
-
         if self.prune == "weights":
             plain = {"criterion": "act", "scope": "token", "mitigations": (), "allocate": "uniform", "order": "none"}
             wrong = [key for key, value in {**plain, **_EVERY_TOKEN}.items() if getattr(self, key) != value]
@@ -125,19 +123,6 @@ class Recipe:
                 raise UsageError(f"weights are pruned by their magnitude alone; leave {wrong[0]} out")
         if self.emulated:
             self._refuse_without_kernel()
-
-    def _refuse_two_shifts(self) -> None:
-        fixed, own = ([m for m in self.mitigations if m in known] for known in (SHIFTS, CENTERS))
-        if fixed and own:
-            raise UsageError(
-                f"mitigations {own[0]} and {fixed[0]} exclude each other: a token is moved by a number of its own or by"
-                " calibrated ones; give one of them"
-            )
-        several = next((names for names in (fixed, own) if len(set(names)) > 1), None)
-        if several:
-            raise UsageError(
-                f"mitigations {several[0]} and {several[1]} are two choices of one shift; give one of them"
-            )
 
     @property
     def emulated(self) -> str:

@@ -34,11 +34,7 @@ class Stamp:
     name: str = "stamp"
 
     def apply(self, model: Model, sites: Sequence[Site]) -> PassResult:
-        nodes = dict(nodes_of_sites(model))
-        records = [_pruned(model, site, nodes[site.name]) for site in sites if site.name in nodes]
-        if self.recipe.prune == "weights":
-            made = {t.source.name: t.pattern for t in model.repacked.values() if isinstance(t, PrunedWeight)}
-            records = [_weight_pruned(site, str(made[site.initializer])) for site in sites if site.initializer in made]
+        records = _by_weight(model, sites) if self.recipe.prune == "weights" else _by_op(model, sites)
         records += [_left(skipped) for skipped in self.left if skipped.linear]
         changed = {t.name: {"from": t.source.name, "how": t.how} for t in model.repacked.values()}
         entries = {
@@ -54,24 +50,7 @@ class Stamp:
         return PassResult(self.name, len(new))
 
 
-def _pruned(model: Model, site: Site, node: gs.Node) -> dict[str, object]:
-    return {
-        "name": site.name,
-        "op": site.op,
-        "role": site.role,
-        "block": site.block,
-        "k": site.k,
-        "n": site.n,
-        "status": "pruned",
-        "pattern": pattern_text(node.attrs["keep"], node.attrs["group"]),
-        "kernel": node.op,
-        "activation": site.activation.name,
-        "output": _output(model, site, node),
-        "scope": site.scope,
-    }
-
-
-def _weight_pruned(site: Site, pattern: str) -> dict[str, object]:
+def _pruned(site: Site, pattern: str, kernel: str, output: str) -> dict[str, object]:
     return {
         "name": site.name,
         "op": site.op,
@@ -81,11 +60,27 @@ def _weight_pruned(site: Site, pattern: str) -> dict[str, object]:
         "n": site.n,
         "status": "pruned",
         "pattern": pattern,
-        "kernel": "weights",
+        "kernel": kernel,
         "activation": site.activation.name,
-        "output": site.output,
+        "output": output,
         "scope": site.scope,
     }
+
+
+def _by_op(model: Model, sites: Sequence[Site]) -> list[dict[str, object]]:
+    """The layers whose activation an op prunes."""
+    nodes = dict(nodes_of_sites(model))
+    return [
+        _pruned(site, pattern_text(node.attrs["keep"], node.attrs["group"]), node.op, _output(model, site, node))
+        for site in sites
+        if (node := nodes.get(site.name)) is not None
+    ]
+
+
+def _by_weight(model: Model, sites: Sequence[Site]) -> list[dict[str, object]]:
+    """The layers whose weight is pruned."""
+    made = {t.source.name: str(t.pattern) for t in model.repacked.values() if isinstance(t, PrunedWeight)}
+    return [_pruned(s, made[s.initializer], "weights", s.output) for s in sites if s.initializer in made]
 
 
 def _output(model: Model, site: Site, node: gs.Node) -> str:

@@ -88,7 +88,7 @@ def assert_describes(seen: Seen, x: np.ndarray, sinks: np.ndarray) -> None:
 
 
 def test_windows_in_pieces_equal_whole_windows_without_nmonnx(llama, monkeypatch):
-    monkeypatch.setattr("nmonnx.calibrate._MOST", 10)
+    monkeypatch.setattr("nmonnx.calls._MOST", 10)
     told: list[tuple[int, int]] = []
     stats = calibrate(llama, TOKENS, window=WINDOW, sample=1000, threads=1, progress=lambda a, b: told.append((a, b)))
     want = activations(llama, TOKENS)

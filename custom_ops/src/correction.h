@@ -40,6 +40,12 @@ inline float VarianceRatio(const MomentKernels& kernels, const float* z, const f
   return RatioOf(deviation(z), deviation(kept));
 }
 
+// The same of the kept channels `bits`, whose values are left in `kept`.
+inline float VarianceRatio(const Kernels& kernels, const float* z, const uint64_t* bits, size_t channels, float* kept) {
+  kernels.prune.apply_f32(z, bits, channels, kept);
+  return VarianceRatio(kernels.moments, z, kept, channels);
+}
+
 inline float VarianceRatio(const double* z, const double* kept, size_t channels) {
   const double count = static_cast<double>(channels);
   const auto deviation = [&](const double* x) {

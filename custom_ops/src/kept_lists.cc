@@ -29,8 +29,7 @@ class Ratios {
 
  private:
   float OfValues(const float* z, const uint64_t* bits) {
-    kernels_.prune.apply_f32(z, bits, channels_, kept_.data());
-    return VarianceRatio(kernels_.moments, z, kept_.data(), channels_);
+    return VarianceRatio(kernels_, z, bits, channels_, kept_.data());
   }
 
   const Kernels& kernels_;

@@ -64,12 +64,12 @@ class Rescaler {
       : kernels_(kernels), channels_(channels), z_(needed ? channels : 0), kept_(needed ? channels : 0) {}
 
   void Run(const float* z, const uint64_t* bits, float* y) {
-    const float nu = Ratio(z, bits);
+    const float nu = VarianceRatio(kernels_, z, bits, channels_, kept_.data());
     for (size_t k = 0; k < channels_; ++k) y[k] = kept_[k] * nu;
   }
   void Run(const Half* z, const uint64_t* bits, Half* y) {
     kernels_.prune.widen(z, channels_, z_.data());
-    const float nu = Ratio(z_.data(), bits);
+    const float nu = VarianceRatio(kernels_, z_.data(), bits, channels_, kept_.data());
     for (float& value : kept_) value *= nu;
     kernels_.prune.narrow(kept_.data(), channels_, y);
   }
@@ -81,11 +81,6 @@ class Rescaler {
   }
 
  private:
-  float Ratio(const float* z, const uint64_t* bits) {
-    kernels_.prune.apply_f32(z, bits, channels_, kept_.data());
-    return VarianceRatio(kernels_.moments, z, kept_.data(), channels_);
-  }
-
   const Kernels& kernels_;
   const size_t channels_;
   std::vector<float> z_, kept_;

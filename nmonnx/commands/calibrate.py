@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 from rich.console import Console
 
-from nmonnx.commands.options import ModelPath, Overwrite, Quiet, Threads, beside, read_feed_files, refuse_output, tell
+from nmonnx.commands.options import (
+    FeedFiles,
+    ModelPath,
+    Overwrite,
+    Quiet,
+    Threads,
+    TokenizerPath,
+    beside,
+    read_feed_files,
+    refuse_output,
+    tell,
+)
 from nmonnx.errors import UsageError
 from nmonnx.report import Report, table
 
@@ -25,14 +36,8 @@ def command(
         Optional[Path],  # noqa: UP045
         typer.Option(help="The text to run on, a UTF-8 file. Not one that you will measure on."),
     ] = None,
-    tokenizer: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="tokenizer.json, or the folder it lies in. [default: beside MODEL]"),
-    ] = None,
-    feeds: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option(help="Instead of a text: .npz or a folder of .npy, named as the inputs. Repeatable."),
-    ] = None,
+    tokenizer: TokenizerPath = None,
+    feeds: FeedFiles = None,
     output: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--output", "-o", help="The file to write. [default: MODEL-stats.npz beside the model]"),

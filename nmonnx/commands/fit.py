@@ -11,6 +11,7 @@ from rich.console import Console
 
 from nmonnx.commands.options import (
     Exclude,
+    FeedFiles,
     GradientsPath,
     Include,
     ModelPath,
@@ -20,6 +21,7 @@ from nmonnx.commands.options import (
     SensitivityPath,
     StatsPath,
     Threads,
+    TokenizerPath,
     Verbose,
     beside,
     read_feed_files,
@@ -41,14 +43,8 @@ def command(
         Optional[Path],  # noqa: UP045
         typer.Option(help="The text to fit on, a UTF-8 file. Not one that you will measure on."),
     ] = None,
-    tokenizer: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="tokenizer.json, or the folder it lies in. [default: beside MODEL]"),
-    ] = None,
-    feeds: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option(help="Instead of a text: .npz or a folder of .npy, named as the inputs. Repeatable."),
-    ] = None,
+    tokenizer: TokenizerPath = None,
+    feeds: FeedFiles = None,
     output: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--output", "-o", help="The file to write. [default: MODEL-fit.npz beside the model]"),

@@ -8,17 +8,22 @@ from typing import Annotated, Optional
 import typer
 from rich.console import Console
 
-from nmonnx.commands.options import ModelPath, Overwrite, Quiet, beside, refuse_output, tell
+from nmonnx.commands.options import (
+    ModelPath,
+    Overwrite,
+    Quiet,
+    TokenizerPath,
+    beside,
+    refuse_output,
+    tell,
+)
 from nmonnx.report import Report
 
 
 def command(
     model: ModelPath,
     text: Annotated[Path, typer.Option(help="The text to run on, UTF-8. Not one that you will measure on.")],
-    tokenizer: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="tokenizer.json or its folder. [default: beside MODEL]"),
-    ] = None,
+    tokenizer: TokenizerPath = None,
     output: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--output", "-o", help="The file to write. [default: MODEL-gradients.npz beside the model]"),

@@ -33,6 +33,14 @@ Exclude = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="One line for every layer.")]
+TokenizerPath = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--tokenizer", help="tokenizer.json, or the folder it lies in. [default: beside MODEL]"),
+]
+FeedFiles = Annotated[
+    Optional[list[Path]],  # noqa: UP045
+    typer.Option("--feeds", help="Instead of a text: .npz or a folder of .npy, named as the inputs. Repeatable."),
+]
 StatsPath = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("--stats", help="What 'nmonnx calibrate' saw on MODEL (.npz).", show_default=False),

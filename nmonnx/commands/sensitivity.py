@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,6 +16,7 @@ from nmonnx.commands.options import (
     Quiet,
     ReportPath,
     Threads,
+    TokenizerPath,
     Verbose,
     refuse_output,
     tell,
@@ -32,10 +33,7 @@ def command(
     model: ModelPath,
     text: Annotated[Path, typer.Option(help="The text to measure on, UTF-8.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .json file to write.")] = Path("sensitivity.json"),
-    tokenizer: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="tokenizer.json or its folder. [default: beside MODEL]"),
-    ] = None,
+    tokenizer: TokenizerPath = None,
     pattern: Annotated[str, typer.Option("--pattern", "-p", help="N:M, keep N of every M input channels.")] = "8:16",
     include: Include = None,
     exclude: Exclude = None,

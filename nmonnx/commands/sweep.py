@@ -18,6 +18,7 @@ from nmonnx.commands.options import (
     ReportPath,
     SensitivityPath,
     StatsPath,
+    TokenizerPath,
     tell,
 )
 from nmonnx.errors import InputError, RunError, UsageError
@@ -34,10 +35,7 @@ def command(
     model: ModelPath,
     text: Annotated[Path, typer.Option(help="The text to measure perplexity on, UTF-8.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder for results, table and plot.")],
-    tokenizer: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="tokenizer.json or its folder. [default: beside MODEL]"),
-    ] = None,
+    tokenizer: TokenizerPath = None,
     patterns: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="N:M, several with commas: 2:4,4:8,8:16,16:32. [default: 8:16]"),

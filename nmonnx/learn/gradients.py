@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nmonnx.decoder import Decoder
 from nmonnx.digest import file_sha256
 from nmonnx.errors import InputError, UsageError
 from nmonnx.feeds import Signature
@@ -17,9 +18,9 @@ from nmonnx.feeds.make import make_feeds
 from nmonnx.gradients import Gradients, SiteGradient
 from nmonnx.graph import load
 from nmonnx.learn.torch_graph import TorchGraph
+from nmonnx.learn.training import cut_rows, spread
 from nmonnx.progress import Step
 from nmonnx.sites import Site, find_sites
-from nmonnx.taps import Tapped
 
 
 def measure_gradients(
@@ -45,14 +46,15 @@ def measure_gradients(
     sites = [site for site in find_sites(model).sites if graph.reaches(site)]
     if not sites:
         raise UsageError(f"{path}: no linear layer lies in the main graph, where its gradient could be taken")
-    rows = _spread(np.asarray(tokens, np.int64), window, windows)
-    places = np.unique(np.linspace(1, window - 1, max(1, min(window - 1, round(sample / len(rows))))).round()).astype(
-        int
-    )
-    sig = Tapped(path, model.proto, model.tensors, (), 0).signature()
+    if len(tokens) < window:
+        raise InputError(f"the text has {len(tokens)} tokens, fewer than one window of {window}; give a longer text")
+    decoder = Decoder(path, threads=1)
+    rows = spread(cut_rows(decoder, tokens, window), windows)
+    each = max(1, min(window - 1, round(sample / len(rows))))
+    places = np.unique(np.linspace(1, window - 1, each).round()).astype(int)
     seen: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {site.name: [] for site in sites}
     for number, row in enumerate(rows):
-        for name, pair in _one_window(graph, sig, sites, row, places).items():
+        for name, pair in _one_window(graph, decoder.sig, sites, row, places).items():
             seen[name].append(pair)
         if progress:
             progress(number + 1, len(rows))
@@ -63,14 +65,6 @@ def measure_gradients(
     }
     protocol = f"log-loss of {len(rows)} windows of {window} tokens, {len(places)} tokens of each, empty cache, no BOS"
     return Gradients(made, file_sha256(path), protocol)
-
-
-def _spread(tokens: np.ndarray, window: int, windows: int) -> list[np.ndarray]:
-    whole = len(tokens) // window
-    if not whole:
-        raise InputError(f"the text has {len(tokens)} tokens, fewer than one window of {window}; give a longer text")
-    chosen = np.unique(np.linspace(0, whole - 1, min(windows, whole)).round().astype(int))
-    return [tokens[i * window : (i + 1) * window] for i in chosen]
 
 
 def _one_window(
@@ -90,8 +84,7 @@ def _one_window(
         return own_leaf
 
     port = sig.first("logits")
-    if port is None:
-        raise UsageError("the graph has no logits, so there is no loss to take the gradient of")
+    assert port is not None  # Decoder refuses a graph without
     feeds = make_feeds(sig, row[None])
     logits = graph.run(feeds, [port.name], inputs={site: watch(site) for site in sites})[port.name]
     logits = logits.reshape(-1, logits.shape[-1])

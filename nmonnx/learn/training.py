@@ -35,16 +35,25 @@ def read_windows(model_path: str | Path, tokens: np.ndarray, settings: Settings)
     """Cut `tokens` [T] in windows: the last `held_out` of them to judge, the others to train on, spread over the text.
     Raises InputError for a text of fewer than two windows, and what `cut_windows` raises."""
     decoder = Decoder(model_path, threads=1)
-    tokens = np.asarray(tokens, np.int64)
-    starts, window = cut_windows(tokens, settings.window, settings.window, None, decoder)
-    rows = np.stack([tokens[s : s + window] for s in starts])
+    rows = cut_rows(decoder, tokens, settings.window)
     if len(rows) < 2:
-        raise InputError(f"the text has one window of {window} tokens; learning needs two, one to judge on")
+        raise InputError(f"the text has one window of {rows.shape[1]} tokens; learning needs two, one to judge on")
     cut = min(len(rows) - 1, max(1, round(len(rows) * (1 - settings.held_out))))
     logits = decoder.sig.first("logits")
     assert logits is not None  # Decoder refuses a graph without
-    spread = np.linspace(0, cut - 1, min(settings.windows, cut)).round().astype(int)
-    return Text(decoder.sig, logits.name, rows[spread], rows[cut:][: settings.held_windows])
+    return Text(decoder.sig, logits.name, spread(rows[:cut], settings.windows), rows[cut:][: settings.held_windows])
+
+
+def cut_rows(decoder: Decoder, tokens: np.ndarray, window: int) -> np.ndarray:
+    """`tokens` [T] in windows [W, window], the tail left out. Raises what `cut_windows` raises."""
+    tokens = np.asarray(tokens, np.int64)
+    starts, window = cut_windows(tokens, window, window, None, decoder)
+    return np.stack([tokens[s : s + window] for s in starts])
+
+
+def spread(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of the windows, spread over all."""
+    return rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)]
 
 
 def train(
