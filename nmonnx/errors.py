@@ -11,6 +11,11 @@ class UsageError(NmonnxError):
     """A flag, a pattern, a selector or a recipe asks for something that cannot be."""
 
 
+class UnknownWord(UsageError):
+    """A name or a number that stands for nothing, most likely mistyped; other UsageErrors may be choices that do not
+    go together."""
+
+
 class Unseen(UsageError):
     """Statistics were asked for a layer that calibration could not see; `reason` says why, without its name."""
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from nmonnx.errors import InputError, UsageError
+from nmonnx.errors import InputError, UnknownWord, UsageError
 from nmonnx.presets import preset_named
 from nmonnx.recipe import Recipe
+from nmonnx.yaml_file import read_yaml
 
 _NEUTRAL = ("act", "joint", "none", "uniform")
 _KEYS = {
@@ -48,10 +47,7 @@ class Grid:
     def read(cls, path: Path | None, flags: Mapping[str, Sequence[str]]) -> Grid:
         """A grid from a .yaml or .json file with the names above as keys; `flags` win over it. Raises InputError when
         it cannot be read, UsageError for an unknown key or a value that is no list."""
-        try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8")) if path else {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as e:
-            raise InputError(f"grid {path} cannot be read: {str(e).splitlines()[0]}") from e
+        data = read_yaml(path, "grid") if path else {}
         if not isinstance(data or {}, dict):
             raise InputError(f'grid {path} is not a mapping; write for example \'patterns: ["8:16", "4:8"]\'')
         known = [f.name for f in fields(cls)]
@@ -78,13 +74,16 @@ class Grid:
 
     def build(self, given: Sequence[str] = ()) -> tuple[dict[str, Recipe], dict[str, str]]:
         """(recipes by their labels, reasons by the labels of those that cannot be). `given`: which of "stats",
-        "sensitivity" and "gradients" there are. Raises UsageError for an unknown preset."""
+        "sensitivity" and "gradients" there are. Raises UsageError for an unknown preset, UnknownWord for a criterion,
+        mitigation, order ... that there is not."""
         recipes: dict[str, Recipe] = {}
         impossible: dict[str, str] = {}
         seen: set[str] = set()
         for words, entries in self.combinations():
             try:
                 recipe = Recipe.from_dict(_listed(entries), "grid")
+            except UnknownWord:
+                raise
             except UsageError as e:
                 impossible[f"{entries.get('pattern', '')} {words}".strip()] = str(e)
                 continue

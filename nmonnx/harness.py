@@ -11,10 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from nmonnx.errors import InputError, NmonnxError, RunError, UsageError
 from nmonnx.intervals import relative_drop, relative_drop_unpaired
+from nmonnx.text import read_text
+from nmonnx.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -74,15 +74,9 @@ def read_task(task: str | Path) -> str | dict[str, Any]:
     path = Path(task)
     if path.suffix not in (".yaml", ".yml"):
         return str(task)
-    if not path.is_file():
-        raise InputError(f"{path} is not a file; give the YAML file of a task")
-    try:
-        text = path.read_text(encoding="utf-8")
-        if "!function" in text:
-            return str(path)
-        content = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise InputError(f"task {path} cannot be read: {str(e).splitlines()[0]}") from e
+    if "!function" in read_text(path):
+        return str(path)
+    content = read_yaml(path, "task")
     if not isinstance(content, dict) or not ({"task", "include", "group"} & set(content)):
         raise InputError(f"{path} is not a task of lm-evaluation-harness: it names no task")
     if {"include", "group"} & set(content):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from nmonnx.errors import UsageError
+from nmonnx.errors import UnknownWord, UsageError
 
 MAX_GROUP = 64
 
@@ -34,7 +34,7 @@ class Pattern:
             return Share.of(text.strip())
         match = re.fullmatch(r"\s*([0-9]{1,6})\s*:\s*([0-9]{1,6})\s*", text)
         if not match:
-            raise UsageError(
+            raise UnknownWord(
                 f"pattern {text!r} is not N:M, for example 8:16 (8 of every 16 channels are kept), nor a share, 50%"
             )
         return cls(int(match[1]), int(match[2]))
@@ -56,7 +56,7 @@ class Share(Pattern):
         """Read "50%" or "12.5%". Raises UsageError for anything else."""
         match = re.fullmatch(r"([0-9]{1,3})(?:\.([0-9]{1,4}))?\s*%", text)
         if not match:
-            raise UsageError(f"share {text!r} is no percentage with at most four decimals, for example 50% or 12.5%")
+            raise UnknownWord(f"share {text!r} is no percentage with at most four decimals, for example 50% or 12.5%")
         decimals = (match[2] or "").rstrip("0")
         return cls(int(match[1] + decimals), 100 * 10 ** len(decimals))
 

@@ -7,14 +7,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nmonnx.criteria import CALIBRATED, CRITERIA
 from nmonnx.emulated import DYNAMIC, SCOPES, emulated_op
-from nmonnx.errors import InputError, UsageError
+from nmonnx.errors import InputError, UnknownWord, UsageError
 from nmonnx.mitigations import FITTED, check_together
 from nmonnx.pattern import Pattern, Share
 from nmonnx.shifts import CENTERS, SHIFTS
+from nmonnx.yaml_file import read_yaml
 
 KERNELS = ("auto", "prune", "fused")
 FALLBACKS = ("function", "none")
@@ -99,13 +98,13 @@ class Recipe:
             value = getattr(self, key)
             if value not in known and not (key == "criterion" and value.endswith(".npz")):
                 also = " or an .npz file" if key == "criterion" else ""
-                raise UsageError(f"{key} {value!r} is not one of {', '.join(known)}{also}")
+                raise UnknownWord(f"{key} {value!r} is not one of {', '.join(known)}{also}")
         if not 0 <= self.dense_prefix < 1 << 31:
             size = "negative" if self.dense_prefix < 0 else "more than any text has"
             raise UsageError(f"dense_prefix {self.dense_prefix} is {size}; it is a number of tokens")
         unknown = [m for m in self.mitigations if m not in MITIGATIONS]
         if unknown:
-            raise UsageError(f"mitigation {unknown[0]!r} is not one of {', '.join(MITIGATIONS)}")
+            raise UnknownWord(f"mitigation {unknown[0]!r} is not one of {', '.join(MITIGATIONS)}")
         check_together(self.mitigations)
         if self.fitted and any(getattr(self, key) != value for key, value in _EVERY_TOKEN.items()):
             raise UsageError(
@@ -185,7 +184,7 @@ class Recipe:
         known = {f.name for f in fields(cls)}
         unknown = sorted(str(k) for k in set(data) - known - {"schema_version"})
         if unknown:
-            raise UsageError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
+            raise UnknownWord(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
         if data.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
             raise UsageError(f"{where}: schema_version {data['schema_version']!r}; this release reads {SCHEMA_VERSION}")
         return cls(**{key: _value(key, value, where) for key, value in data.items() if key in known})
@@ -193,10 +192,7 @@ class Recipe:
     @classmethod
     def read(cls, path: Path, flags: dict[str, Any] | None = None) -> Recipe:
         """Read a recipe from a .yaml or .json file; `flags` win over it. Raises InputError or UsageError."""
-        try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as e:
-            raise InputError(f"recipe {path} cannot be read: {str(e).splitlines()[0]}") from e
+        data = read_yaml(path, "recipe")
         if data is not None and not isinstance(data, dict):
             raise InputError(f"recipe {path} is not a mapping; write for example 'pattern: 8:16'")
         return cls.from_dict({**(data or {}), **(flags or {})}, str(path))

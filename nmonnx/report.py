@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -49,6 +50,16 @@ class Report:
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     """A table of anything that prints."""
     return Table(title, tuple(columns), tuple(tuple(str(cell) for cell in row) for row in rows))
+
+
+def counted(count: int, what: str) -> str:
+    """ "1 layer", "2 layers"."""
+    return f"{count} {what}" + "s" * (count != 1)
+
+
+def tally(head: str, reasons: Counter[str]) -> list[str]:
+    """A sentence for each reason: of how many layers it is told."""
+    return [f"{head}{counted(n, 'layer')}: {why}." for why, n in reasons.items()]
 
 
 def show(report: Report, console: Console) -> None:

@@ -48,6 +48,8 @@ class FoldCorrections:
         for site in sites:
             if site.name in self.corrections.refused:
                 left[site.name] = self.corrections.refused[site.name]
+            elif site.name not in self.corrections.sites and site.name in fold.nodes:
+                left[site.name] = "it was no part of the fit"
             if site.name not in self.corrections.sites:
                 continue
             reason = fold.site(site, self.corrections)

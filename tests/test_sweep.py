@@ -15,7 +15,7 @@ import pytest
 from test_cli import nmonnx
 
 from nmonnx.convert import convert
-from nmonnx.errors import UsageError
+from nmonnx.errors import InputError, UsageError
 from nmonnx.evaluate import evaluate
 from nmonnx.grid import Grid
 from nmonnx.models import build
@@ -91,9 +91,9 @@ def test_a_killed_sweep_goes_on_and_writes_each_result_once(killed):
 def test_a_finished_sweep_runs_nothing(killed, folder):
     done, _ = killed
     before = stamps(done)
-    again = nmonnx("sweep", "model.onnx", *FORTY, "-o", "loky", "--report", "r.md", cwd=folder)
+    again = nmonnx("sweep", "model.onnx", *FORTY, "-o", "loky", "--report", "loky/r.md", cwd=folder)
     assert again.returncode == 0 and stamps(done) == before
-    assert "40 recipes" in (folder / "r.md").read_text()
+    assert "40 recipes" in (done / "r.md").read_text()
 
 
 def test_a_dask_scheduler_with_two_workers_gives_the_same(killed, folder):
@@ -163,6 +163,9 @@ def test_a_grid_file_and_flags(tmp_path):
     recipes, _ = Grid.read(file, {"criteria": ["act", "amber"]}).build()
     assert list(recipes) == ["8:16", "8:16 amber", "2:4", "2:4 amber", "4:8 recipe 1"]
     assert all(recipe.include == ("down",) for recipe in recipes.values())
+    file.write_text("patterns: [8:16]\n  base: {}\n")
+    with pytest.raises(InputError, match=r"grid\.yaml, line 2 cannot be read: expected"):
+        Grid.read(file, {})
     file.write_text("pattern: 8:16\n")
     with pytest.raises(UsageError, match="unknown key 'pattern'"):
         Grid.read(file, {})
@@ -199,7 +202,9 @@ def test_a_folder_is_for_one_sweep_at_a_time(tmp_path):
         (("--backend", "mpi"), "not one of loky, dask, ray"),
         (("--scheduler", "tcp://x:1"), "loky has none"),
         (("--budget-loss", "0.1"), "needs --stats and --sensitivity"),
-        (("--criteria", "none-such"), "no recipe of the grid can be"),
+        (("--criteria", "act,none-such"), "criterion 'none-such' is not one of act"),
+        (("--mitigations", "s-pts"), "no recipe of the grid can be"),
+        (("--presets", "bset"), "preset 'bset' is not one of"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(folder, flags, words):

@@ -23,7 +23,7 @@ from nmonnx.commands.options import (
     tell,
 )
 from nmonnx.errors import UsageError
-from nmonnx.report import Report, table
+from nmonnx.report import Report, table, tally
 
 if TYPE_CHECKING:
     from nmonnx.sites import Site
@@ -106,5 +106,5 @@ def calibration(out: Path, stats: Stats, sites: tuple[Site, ...]) -> Report:
     groups = Counter((s.role, s.k, stats.seen[s.name].tokens) for s in sites if s.name in stats.seen)
     rows = [(role, count, k, tokens) for (role, k, tokens), count in groups.items()]
     words = [f"{len(stats.seen)} of {len(sites)} layers seen; {stats.protocol}."]
-    words += [f"Not seen: {count} layers: {reason}." for reason, count in Counter(stats.unseen.values()).items()]
+    words += tally("Not seen: ", Counter(stats.unseen.values()))
     return Report(str(out), tuple(words), (table("Layers seen", ("role", "layers", "K", "tokens"), rows),))

@@ -8,7 +8,7 @@ from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
 from nmonnx.pattern import Pattern
-from nmonnx.report import Report, table
+from nmonnx.report import Report, counted, table, tally
 
 if TYPE_CHECKING:
     from nmonnx.convert import Conversion
@@ -24,9 +24,9 @@ def conversion(done: Conversion, verbose: bool = False) -> Report:
     how = " and ".join(f"{count} by {op}" for op, count in sorted(ops.items()))
     words = [f"{len(pruned)} of {len(done.records)} linear layers pruned to {done.recipe.pattern}: {how}."]
     words += _how_chosen(done, pruned)
-    words += [f"Left dense: {_times(n)} {op}: {why}." for (op, why), n in _why_left(left).items()]
+    words += [f"Left dense: {counted(n, 'layer')} {op}: {why}." for (op, why), n in _why_left(left).items()]
     words += [f"Skipped, not a linear layer: {n} {op}: {why}." for (op, why), n in _no_layers(done).items()]
-    words += [f"Prune-only: {_times(n)}: {why}." for why, n in _why_not_fused(done).items()]
+    words += tally("Prune-only: ", _why_not_fused(done))
     words += [f"Note: {why}." for p in done.passes for where, why in p.left.items() if where == "model"]
     title = f"wrote {done.out}" if done.out else f"would convert {done.source} (dry run, nothing written)"
     groups = Counter((r["role"], r["op"], r["k"], r["n"], r["kernel"]) for r in pruned)
@@ -71,7 +71,7 @@ def _how_chosen(done: Conversion, pruned: list[dict[str, Any]]) -> list[str]:
     words += _which_tokens(done)
     for what in ("shift", "center"):
         unfolded = _left_by(done, f"fold-{what}")
-        words += [f"Without {what}: {_times(n)}: {why}." for why, n in unfolded.items()]
+        words += tally(f"Without {what}: ", unfolded)
     if recipe.order != "none":
         words.append(_what_the_order_spares(done))
     patterns = Counter(r["pattern"] for r in pruned)
@@ -82,7 +82,7 @@ def _how_chosen(done: Conversion, pruned: list[dict[str, Any]]) -> list[str]:
         each = ", ".join(f"{p} ({c})" for p, c in sorted(patterns.items(), key=lambda i: kept[i[0]].n))
         words.append(f"Patterns: {each}; {100 * read / weights:.1f} % of the weights are read.")
     plain = Counter(done.plan.plain.values())
-    words += [f"By plain magnitude: {_times(n)}: {why}." for why, n in plain.items()]
+    words += tally("By plain magnitude: ", plain)
     return words
 
 
@@ -94,7 +94,7 @@ def _which_tokens(done: Conversion) -> list[str]:
     if recipe.dense_prefix:
         words.append(f"Dense: the tokens at the first {recipe.dense_prefix} positions.")
     untold = _left_by(done, "dense-tokens")
-    return words + [f"In {_times(n)}: {why}." for why, n in untold.items()]
+    return words + tally("In ", untold)
 
 
 def _now(record: dict[str, Any]) -> str:
@@ -125,8 +125,8 @@ def _how_corrected(done: Conversion) -> list[str]:
     fold = next((p for p in done.passes if p.name == "fold-corrections"), None)
     if fold is None or not (fold.changed or fold.left):
         return []
-    words = [f"Corrections folded: {_times(fold.changed)}; {fold.bytes:+,} bytes of weights."]
-    return words + [f"Not folded: {_times(n)}: {why}." for why, n in Counter(map(brief, fold.left.values())).items()]
+    words = [f"Corrections folded: {counted(fold.changed, 'layer')}; {fold.bytes:+,} bytes of weights."]
+    return words + tally("Not folded: ", Counter(map(brief, fold.left.values())))
 
 
 def _why_left(left: list[dict[str, Any]]) -> Counter[tuple[str, str]]:
@@ -144,7 +144,3 @@ def _why_not_fused(done: Conversion) -> Counter[str]:
 def _left_by(done: Conversion, name: str) -> Counter[str]:
     """Reasons of a pass, if it ran."""
     return Counter(why for p in done.passes if p.name == name for why in p.left.values())
-
-
-def _times(count: int) -> str:
-    return "1 layer" if count == 1 else f"{count} layers"

@@ -31,7 +31,7 @@ from nmonnx.commands.options import (
 )
 from nmonnx.errors import UsageError
 from nmonnx.presets import PRESETS, preset_named
-from nmonnx.report import Report, check_format, table
+from nmonnx.report import Report, check_format, table, tally
 
 if TYPE_CHECKING:
     from nmonnx.corrections import Corrections
@@ -186,7 +186,7 @@ def fitted(out: Path, model: Path, found: Corrections, verbose: bool = False) ->
     total = len(found.sites) + len(found.refused)
     words = [f"{len(found.sites)} of {total} layers corrected; {found.protocol}."]
     kinds = Counter(map(brief, found.refused.values()))
-    words += [f"Refused: {count} layers: {reason}." for reason, count in kinds.items()]
+    words += tally("Refused: ", kinds)
     rows = list(found.refused.items())
     tables = (table("Refused layers", ("layer", "why"), rows if verbose else rows[:20]),) if rows else ()
     data = {

@@ -17,7 +17,7 @@ from nmonnx.commands.options import (
     refuse_output,
     tell,
 )
-from nmonnx.report import Report
+from nmonnx.report import Report, counted
 
 
 def command(
@@ -47,6 +47,6 @@ def command(
     with progress_bar(words, "forward and back", disable=quiet or not words.is_terminal) as step:
         made = measure_gradients(model, tokens, window, windows, sample, step)
     made.save(output)
-    said = f"{len(made.sites)} layers. {made.protocol}."
+    said = f"{counted(len(made.sites), 'layer')}. {made.protocol}."
     data = {"command": "gradients", "output": str(output), "layers": len(made.sites), "protocol": made.protocol}
     tell(Report(f"wrote {output}", (said,), (), data, (model,)), None, quiet)

@@ -23,7 +23,7 @@ from nmonnx.commands.options import (
 )
 from nmonnx.errors import InputError, RunError, UsageError
 from nmonnx.parallel import INSTALL, Workers
-from nmonnx.report import Report, check_format, table
+from nmonnx.report import Report, check_format, counted, table
 
 if TYPE_CHECKING:
     from nmonnx.pareto import Row
@@ -103,7 +103,6 @@ def command(
     from nmonnx.sweep import Job, protocol, run_jobs, sweep_folder
     from nmonnx.text import encode, load_tokenizer, read_text
 
-    check_format(report)
     lists = {
         "patterns": patterns,
         "criteria": criteria,
@@ -130,6 +129,7 @@ def command(
     tokens = encode(load_tokenizer(tokenizer, beside=model), read_text(text))
     words = Console(stderr=True)
     with sweep_folder(output):
+        check_format(report)  # which may lie in that folder
         cut = (window, windows, skip_windows, threads or workers.threads())
         how = protocol(model, tokens, output, stats, sensitivity, *cut, gradients)
         dense = Job(how, None, output.absolute())
@@ -151,7 +151,7 @@ def command(
         _write(output, rows, answer)
         tell(sweep(rows, found[dense], impossible, answer, output, (model, text)), report, quiet)
     if failed:
-        raise RunError(f"{len(failed)} recipes could not be measured; the same command tries them again")
+        raise RunError(f"{counted(len(failed), 'recipe')} could not be measured; the same command tries them again")
 
 
 def sweep(
@@ -165,7 +165,8 @@ def sweep(
     """One row for each recipe, the least read first; the Pareto front is marked."""
     from nmonnx.pareto import can_plot
 
-    words = [f"{len(rows)} recipes; dense perplexity {dense.ppl:.2f}, {sum(dense.window_tokens)} tokens predicted."]
+    recipes, predicted = counted(len(rows), "recipe"), sum(dense.window_tokens)
+    words = [f"{recipes}; dense perplexity {dense.ppl:.2f}, {predicted} tokens predicted."]
     words.append(f"Text: {dense.protocol}; {dense.threads} threads. * no other recipe reads as little and loses less.")
     words += [f"Not run, {label}: {reason}." for label, reason in impossible.items()]
     if not can_plot():
