@@ -35,7 +35,7 @@ class FoldCorrections:
     4. Of MatMulNBits a scale goes into the scales of its groups; a new weight would have to be quantised anew.
     5. A shift that `FoldShift` would have to drop, for another layer behind the prune, is left to it.
     6. What cannot be folded whole is left alone with the reason: `weight_place` says which weights. So is what the fit
-       refused.
+       refused. Its prune keeps the shift that was fitted, which `FoldShift` makes up for.
     """
 
     corrections: Corrections | None = None
@@ -48,7 +48,7 @@ class FoldCorrections:
         for site in sites:
             if site.name in self.corrections.refused:
                 left[site.name] = self.corrections.refused[site.name]
-            elif site.name not in self.corrections.sites and site.name in fold.nodes:
+            elif self.corrections.prunes and site.name not in self.corrections.prunes and site.name in fold.nodes:
                 left[site.name] = "it was no part of the fit"
             if site.name not in self.corrections.sites:
                 continue

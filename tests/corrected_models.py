@@ -74,11 +74,11 @@ def unfolded(weight: np.ndarray, bias: np.ndarray, c: Correction, keep: int, gro
     )
 
 
-def random_correction(parts: set[str], seed: int = 2) -> Correction:
+def random_correction(parts: set[str], seed: int = 2, k: int = K, n: int = N) -> Correction:
     rng = np.random.default_rng(seed)
-    sizes = {"shift": K, "weight": (K, N), "scale": N, "bias": N}
+    sizes = {"shift": k, "weight": (k, n), "scale": n, "bias": n}
     made = {name: rng.standard_normal(size).astype(np.float32) for name, size in sizes.items() if name in parts}
-    low = tuple(rng.standard_normal(s).astype(np.float32) for s in ((K, RANK), (RANK, N))) if "low" in parts else None
+    low = tuple(rng.standard_normal(s).astype(np.float32) for s in ((k, RANK), (RANK, n))) if "low" in parts else None
     return Correction(low=low, **made)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,14 @@ def test_every_layer_is_corrected_or_refused_with_a_reason(llama, tmp_path):
     assert found.sites.keys() | found.refused.keys() == names
     assert not found.sites.keys() & found.refused.keys()
     assert all("would be" in reason for reason in found.refused.values())
+
+
+def test_a_layer_that_is_pruned_but_was_not_fitted_is_told(llama, tmp_path):
+    fit(llama, replace(RECIPE, include=("down",)), tmp_path / "fit.npz", TOKENS, how=HOW)
+    done = convert(llama, tmp_path / "s.onnx", RECIPE, fit=Corrections.load(tmp_path / "fit.npz"))
+    told = next(p for p in done.passes if p.name == "fold-corrections").left
+    others = {r["name"] for r in done.records if r["status"] == "pruned" and r["role"] != "down"}
+    assert others == {name for name, reason in told.items() if reason == "it was no part of the fit"}
 
 
 def test_memory_changes_nothing_but_the_number_of_runs(toy, tmp_path):

@@ -8,15 +8,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from corrected_models import random_correction
 
 from nmonnx.convert import convert
-from nmonnx.corrections import Correction, Corrections
+from nmonnx.corrections import Corrections
 from nmonnx.digest import file_sha256
 from nmonnx.graph import load
 from nmonnx.library import make_session
 from nmonnx.pattern import Pattern
 from nmonnx.recipe import Recipe
-from nmonnx.sites import Site, find_sites
+from nmonnx.sites import find_sites
 from nmonnx.validate import validate
 
 CASES = (
@@ -37,17 +38,10 @@ def behind(proto: onnx.ModelProto, tensor: str) -> set[str]:
     return reached & {o.name for o in proto.graph.output}
 
 
-def correction(site: Site) -> Correction:
-    rng = np.random.default_rng(0)
-    return Correction(
-        weight=rng.standard_normal((site.k, site.n)).astype(np.float32),
-        bias=rng.standard_normal(site.n).astype(np.float32),
-    )
-
-
 @pytest.mark.parametrize("kernel", ["fused", "prune"])
+@pytest.mark.parametrize("parts", ["weight bias", "scale", "low", "shift", "bias shift scale low weight"])
 @pytest.mark.parametrize("name", CASES)
-def test_other_outputs_are_bit_equal(shared: Path, tmp_path: Path, name: str, kernel: str) -> None:
+def test_other_outputs_are_bit_equal(shared: Path, tmp_path: Path, name: str, parts: str, kernel: str) -> None:
     case = next(
         c for c in map(json.loads, (shared / "cases" / "cases.jsonl").read_text().splitlines()) if c["id"] == name
     )
@@ -61,10 +55,11 @@ def test_other_outputs_are_bit_equal(shared: Path, tmp_path: Path, name: str, ke
     outputs = [o.name for o in proto.graph.output]
     plain = make_session(convert(source, tmp_path / "plain.onnx", recipe).out).run(None, feed)
     for index, site in enumerate(find_sites(load(source)).sites):
-        fit = Corrections({site.name: correction(site)}, file_sha256(source), recipe.to_json(), "by hand")
+        correction = random_correction(set(parts.split()), k=site.k, n=site.n)
+        fit = Corrections({site.name: correction}, file_sha256(source), recipe.to_json(), "by hand")
         done = convert(source, tmp_path / f"{index}.onnx", recipe, fit=fit)
         fold = next(p for p in done.passes if p.name == "fold-corrections")
-        moved = behind(proto, site.output) if fold.changed else set()
+        moved = behind(proto, site.output) if fold.changed or "shift" in parts else set()
         for output, before, after in zip(outputs, plain, make_session(done.out).run(None, feed), strict=True):
             assert (before.tobytes() != after.tobytes()) == (output in moved), (site.name, output, fold.left)
         if index == 0:
