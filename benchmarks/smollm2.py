@@ -17,17 +17,17 @@ import typer
 from rich.console import Console
 
 from nmonnx.convert import convert
-from nmonnx.decoder import Decoder
 from nmonnx.demo import speeds
 from nmonnx.errors import NmonnxError
+from nmonnx.evaluation.perplexity import Perplexity, perplexity
+from nmonnx.inference.decoder import Decoder
+from nmonnx.inference.text import encode, load_tokenizer, read_text
 from nmonnx.models import build
 from nmonnx.models.smollm2 import find_smollm2
 from nmonnx.pattern import Pattern
-from nmonnx.perplexity import Perplexity, perplexity
 from nmonnx.progress import progress_bar
-from nmonnx.recipe import Recipe
+from nmonnx.pruning.recipe import Recipe
 from nmonnx.report import Report, show, table, write
-from nmonnx.text import encode, load_tokenizer, read_text
 
 WINDOW = 1024
 

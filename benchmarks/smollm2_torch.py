@@ -16,8 +16,8 @@ import torch
 import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nmonnx.graph import load
-from nmonnx.text import encode, load_tokenizer, read_text
+from nmonnx.inference.text import encode, load_tokenizer, read_text
+from nmonnx.onnx_file.graph import load
 
 WINDOW = 1024
 PARTS = {"attn": ("self_attn", "qkvo"), "mlp": ("mlp", ("gate", "up", "down"))}

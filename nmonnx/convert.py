@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING
 
 from nmonnx.digest import file_sha256
 from nmonnx.errors import InputError, UsageError
-from nmonnx.fit_match import check_fit, check_prunes, with_shifts
-from nmonnx.graph import Model, load
+from nmonnx.onnx_file.graph import Model, load
+from nmonnx.onnx_file.save import save
 from nmonnx.passes import PassResult, pipeline, run
-from nmonnx.recipe import Recipe
-from nmonnx.save import save
+from nmonnx.pruning.fit_match import check_fit, check_prunes, with_shifts
+from nmonnx.pruning.recipe import Recipe
+from nmonnx.pruning.treatment import Plan, plan
 from nmonnx.sites import AT_RUN_TIME, Found, Selection, block_selectors, converted_with, find_sites, select
-from nmonnx.treatment import Plan, plan
 
 if TYPE_CHECKING:
-    from nmonnx.corrections import Corrections
-    from nmonnx.gradients import Gradients
-    from nmonnx.sensitivity_record import Sensitivity
-    from nmonnx.stats import Stats
+    from nmonnx.records.corrections import Corrections
+    from nmonnx.records.gradients import Gradients
+    from nmonnx.records.sensitivity import Sensitivity
+    from nmonnx.records.stats import Stats
 
 SIDECARS = (
     "config.json",

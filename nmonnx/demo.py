@@ -12,15 +12,15 @@ import numpy as np
 from rich.console import Console
 
 from nmonnx.convert import Conversion, convert
-from nmonnx.decoder import Decoder
 from nmonnx.errors import UsageError
-from nmonnx.generate import Generation, generate
+from nmonnx.evaluation.perplexity import Perplexity, perplexity
+from nmonnx.inference.decoder import Decoder
+from nmonnx.inference.generate import Generation, generate
+from nmonnx.inference.text import encode, load_tokenizer, read_text
 from nmonnx.models import build
 from nmonnx.models.smollm2 import find_smollm2
-from nmonnx.perplexity import Perplexity, perplexity
 from nmonnx.progress import Step, progress_bar
-from nmonnx.recipe import Recipe
-from nmonnx.text import encode, load_tokenizer, read_text
+from nmonnx.pruning.recipe import Recipe
 from nmonnx.validate import Report as Validation
 from nmonnx.validate import validate
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from nmonnx.corrections import Corrections
-from nmonnx.graph import Model
+from nmonnx.onnx_file.graph import Model
 from nmonnx.passes.dense_tokens import DenseTokens
 from nmonnx.passes.emit_functions import EmitFunctions
 from nmonnx.passes.emulate_prune import EmulatePrune
@@ -23,9 +22,10 @@ from nmonnx.passes.prune_weights import PruneWeights
 from nmonnx.passes.result import PassResult
 from nmonnx.passes.stamp import Stamp
 from nmonnx.passes.token_policy import TokenPolicy
-from nmonnx.recipe import Recipe
+from nmonnx.pruning.recipe import Recipe
+from nmonnx.pruning.treatment import Plan
+from nmonnx.records.corrections import Corrections
 from nmonnx.sites import Site, Skipped
-from nmonnx.treatment import Plan
 
 __all__ = [
     "DenseTokens",

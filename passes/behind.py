@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
-from nmonnx.graph import Model
+from nmonnx.onnx_file.graph import Model
 from nmonnx.passes.surgery import Constants, Names, nodes_of_sites, note
 from nmonnx.sites import Site
 

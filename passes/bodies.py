@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from nmonnx.graph import DOMAIN
+from nmonnx.onnx_file.graph import DOMAIN
 from nmonnx.reference import Center
 
 OLDEST_OPSET = 9

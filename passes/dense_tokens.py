@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 from onnx import helper
 
 from nmonnx.errors import UsageError
-from nmonnx.graph import DOMAIN, Model
+from nmonnx.onnx_file.graph import DOMAIN, Model
 from nmonnx.passes.bodies import INPUTS
 from nmonnx.passes.result import PassResult
 from nmonnx.passes.token_policy import TokenPolicy

@@ -12,7 +12,7 @@ import onnx.parser
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
-from nmonnx.graph import DOMAIN, Model
+from nmonnx.onnx_file.graph import DOMAIN, Model
 from nmonnx.passes.bodies import CRITERION, INPUTS, Body, matmul_function, prune_function
 from nmonnx.passes.result import PassResult
 from nmonnx.passes.surgery import Constants, Names, brought_by, function_of

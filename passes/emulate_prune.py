@@ -9,20 +9,20 @@ import numpy as np
 import onnx.parser
 import onnx_graphsurgeon as gs
 
-from nmonnx.emulated import OPS
 from nmonnx.errors import UsageError
-from nmonnx.graph import DOMAIN, Model
+from nmonnx.onnx_file.graph import DOMAIN, Model
 from nmonnx.passes.emit_functions import claims_sizes
 from nmonnx.passes.emulated_bodies import OLDEST_OPSET, emulated_function
 from nmonnx.passes.result import PassResult
 from nmonnx.passes.surgery import Constants, Names, note
+from nmonnx.pruning.emulated import OPS
+from nmonnx.pruning.treatment import Treatment
 from nmonnx.sites import Site
-from nmonnx.treatment import Treatment
 
 
 @dataclass(frozen=True)
 class EmulatePrune:
-    """Put `op`, one of `nmonnx.emulated.OPS`, between each chosen linear layer and its input activation.
+    """Put `op`, one of `nmonnx.pruning.emulated.OPS`, between each chosen linear layer and its input activation.
 
     1. Layers that read the same activation in the same graph share one, if they share their treatment.
     2. The op is a model-local function of stock operators: it runs with and without the library, and saves nothing.

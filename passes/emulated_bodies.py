@@ -1,9 +1,9 @@
-"""The ops of `nmonnx.emulated` in ONNX text, as stock operators."""
+"""The ops of `nmonnx.pruning.emulated` in ONNX text, as stock operators."""
 
 from __future__ import annotations
 
-from nmonnx.emulated import OPS, Emulated
-from nmonnx.graph import DOMAIN
+from nmonnx.onnx_file.graph import DOMAIN
+from nmonnx.pruning.emulated import OPS, Emulated
 
 OLDEST_OPSET = 15
 """CastLike."""

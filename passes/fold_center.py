@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from nmonnx.errors import InputError
-from nmonnx.graph import Model
+from nmonnx.onnx_file.graph import Model
 from nmonnx.passes.behind import Edit, add_behind, end_of, product_with, settle
 from nmonnx.passes.bodies import INPUTS
 from nmonnx.passes.result import PassResult

@@ -10,18 +10,18 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
-from nmonnx.corrections import Correction, Corrections
 from nmonnx.digest import array_sha256
 from nmonnx.errors import InputError
-from nmonnx.folding import added_bias, check_shapes, folded_weight, in_type
-from nmonnx.graph import Computed, Model
+from nmonnx.onnx_file.graph import Computed, Model
+from nmonnx.onnx_file.tensors import byte_size
 from nmonnx.passes.behind import add_behind, end_of, low_rank
 from nmonnx.passes.fold_shift import FoldShift, shift_of
 from nmonnx.passes.result import PassResult
 from nmonnx.passes.surgery import Constants, Names, brought_by, function_of, nodes_of_sites, remove_dead
 from nmonnx.passes.weight_place import Place, embedded_weights, weight_place
+from nmonnx.pruning.folding import added_bias, check_shapes, folded_weight, in_type
+from nmonnx.records.corrections import Correction, Corrections
 from nmonnx.sites import Site
-from nmonnx.tensors import byte_size
 
 
 @dataclass(frozen=True)

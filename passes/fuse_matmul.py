@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
-from nmonnx.graph import DOMAIN, Model, Transposed
+from nmonnx.onnx_file.graph import DOMAIN, Model, Transposed
 from nmonnx.passes.bodies import CAST_LIKE_OPSET
 from nmonnx.passes.result import PassResult
 from nmonnx.passes.surgery import Names, no_longer_serves, note, remove_dead

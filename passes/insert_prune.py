@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
-from nmonnx.graph import DOMAIN, Model
+from nmonnx.onnx_file.graph import DOMAIN, Model
 from nmonnx.passes.bodies import CENTER_VALUES, CRITERION
 from nmonnx.passes.result import PassResult
 from nmonnx.passes.surgery import Constants, Names, note
+from nmonnx.pruning.treatment import Treatment
 from nmonnx.sites import Site
-from nmonnx.treatment import Treatment
 
 
 @dataclass(frozen=True)

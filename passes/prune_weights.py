@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
-from nmonnx.graph import Model
+from nmonnx.onnx_file.graph import Model
+from nmonnx.onnx_file.weight_pruning import PrunedWeight
 from nmonnx.passes.result import PassResult
 from nmonnx.passes.surgery import Names
+from nmonnx.pruning.treatment import Treatment
 from nmonnx.sites import Site
-from nmonnx.treatment import Treatment
-from nmonnx.weight_pruning import PrunedWeight
 
 
 @dataclass(frozen=True)

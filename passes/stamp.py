@@ -10,13 +10,13 @@ import onnx_graphsurgeon as gs
 
 import nmonnx
 from nmonnx.digest import file_sha256
-from nmonnx.graph import Model
+from nmonnx.onnx_file.graph import Model
+from nmonnx.onnx_file.weight_pruning import PrunedWeight
 from nmonnx.passes.result import PassResult
 from nmonnx.passes.surgery import nodes_of_sites
 from nmonnx.pattern import pattern_text
-from nmonnx.recipe import Recipe
+from nmonnx.pruning.recipe import Recipe
 from nmonnx.sites import Site, Skipped
-from nmonnx.weight_pruning import PrunedWeight
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 from onnx import numpy_helper
 
 from nmonnx.digest import array_sha256
-from nmonnx.graph import DOMAIN, Model
+from nmonnx.onnx_file.graph import DOMAIN, Model
 from nmonnx.passes.bodies import INPUTS
 from nmonnx.sites import Site
 

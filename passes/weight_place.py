@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
-from nmonnx.graph import Model
+from nmonnx.onnx_file.graph import Model
 from nmonnx.passes.surgery import function_of
 from nmonnx.sites import Site
 

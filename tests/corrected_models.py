@@ -7,7 +7,7 @@ import onnx
 from onnx import ModelProto
 from small_models import model
 
-from nmonnx.corrections import Correction
+from nmonnx.records.corrections import Correction
 
 K, N, RANK = 32, 24, 4
 NODES = {

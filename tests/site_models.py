@@ -9,7 +9,7 @@ import onnx
 import onnxruntime as ort
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from nmonnx.graph import Model, load
+from nmonnx.onnx_file.graph import Model, load
 from nmonnx.sites import Site
 
 RNG = np.random.default_rng(7)

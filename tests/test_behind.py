@@ -15,10 +15,10 @@ from test_treatment import stats_of
 
 from nmonnx.convert import Conversion, convert
 from nmonnx.feeds import Feed
-from nmonnx.graph import load
 from nmonnx.library import make_session
+from nmonnx.onnx_file.graph import load
 from nmonnx.pattern import Pattern
-from nmonnx.recipe import Recipe
+from nmonnx.pruning.recipe import Recipe
 from nmonnx.reference import center_of, prune
 from nmonnx.sites import find_sites
 from nmonnx.validate import validate

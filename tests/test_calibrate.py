@@ -13,16 +13,16 @@ import toy_decoders
 from small_models import mlp, model, weights, write
 from test_cli import nmonnx, refused
 
-from nmonnx.calibrate import calibrate
+from nmonnx.calibration.calibrate import calibrate
 from nmonnx.commands.calibrate import command
 from nmonnx.convert import convert
 from nmonnx.digest import file_sha256
 from nmonnx.errors import InputError, RunError, UsageError
-from nmonnx.graph import load
 from nmonnx.models import build
-from nmonnx.recipe import Recipe
+from nmonnx.onnx_file.graph import load
+from nmonnx.pruning.recipe import Recipe
+from nmonnx.records.stats import Seen, Stats
 from nmonnx.sites import find_sites
-from nmonnx.stats import Seen, Stats
 
 WINDOW = 24
 TOKENS = np.random.default_rng(3).integers(0, 512, 5 * WINDOW + 7)
@@ -38,7 +38,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def always_saves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nmonnx.calibrate.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("nmonnx.calibration.calibrate.SAVE_EVERY", 0.0)
 
 
 def activations(path: Path, tokens: np.ndarray) -> dict[str, np.ndarray]:
@@ -88,7 +88,7 @@ def assert_describes(seen: Seen, x: np.ndarray, sinks: np.ndarray) -> None:
 
 
 def test_windows_in_pieces_equal_whole_windows_without_nmonnx(llama, monkeypatch):
-    monkeypatch.setattr("nmonnx.calls._MOST", 10)
+    monkeypatch.setattr("nmonnx.calibration.calls._MOST", 10)
     told: list[tuple[int, int]] = []
     stats = calibrate(llama, TOKENS, window=WINDOW, sample=1000, threads=1, progress=lambda a, b: told.append((a, b)))
     want = activations(llama, TOKENS)

@@ -12,7 +12,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from small_models import mlp, weights
 
 from nmonnx.errors import InputError
-from nmonnx.graph import load
+from nmonnx.onnx_file.graph import load
 
 W = {"w": weights(32, 32)}
 BRANCH = "g{name} () => (float[n, 32] {out}) {{ {body} }}"

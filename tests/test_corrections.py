@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nmonnx.corrections import Correction, Corrections
 from nmonnx.errors import InputError
+from nmonnx.records.corrections import Correction, Corrections
 
 
 def test_saved_corrections_load_as_they_were(tmp_path):

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from nmonnx.criteria import CRITERIA, Layer, channel_scale
-from nmonnx.gradients import SiteGradient
-from nmonnx.stats import Seen
+from nmonnx.pruning.criteria import CRITERIA, Layer, channel_scale
+from nmonnx.records.gradients import SiteGradient
+from nmonnx.records.stats import Seen
 
 torch = pytest.importorskip("torch", reason="the reference formulas are written in torch")
 

@@ -9,9 +9,9 @@ import onnxruntime as ort
 import pytest
 import toy_decoders
 
-from nmonnx.decoder import Decoder
-from nmonnx.decoder_cache import Growing, InPlace, Rerun
 from nmonnx.errors import InputError, ModelError, NmonnxError, RunError
+from nmonnx.inference.decoder import Decoder
+from nmonnx.inference.decoder_cache import Growing, InPlace, Rerun
 
 GENAI = ["llama-genai-fp32", "llama-genai-fp32-gateup", "llama-genai-fp32-nofuse", "llama-genai-int4-acc1"]
 GENAI += ["smollm-genai-fp32", "smollm-genai-fp32-shared", "mistral-genai-fp32", "phi3-genai-fp32"]
@@ -153,7 +153,7 @@ def test_a_prompt_forgets_the_one_before(zoo):
 
 
 def test_outgrown_buffers_keep_what_was_read(zoo, monkeypatch):
-    monkeypatch.setattr("nmonnx.decoder_cache._LEAST_CAPACITY", 4)
+    monkeypatch.setattr("nmonnx.inference.decoder_cache._LEAST_CAPACITY", 4)
     decoder = Decoder(zoo("llama-genai-fp32"), threads=1)
     tokens = _tokens(decoder, 2, 40)
     whole = decoder.score(tokens)

@@ -18,14 +18,14 @@ from tiny_llama import weights as llama_weights
 from nmonnx import reference
 from nmonnx.commands.conversion import conversion
 from nmonnx.convert import convert
-from nmonnx.decoder import Decoder
 from nmonnx.errors import UsageError
+from nmonnx.inference.decoder import Decoder
 from nmonnx.library import make_session
 from nmonnx.models import build
 from nmonnx.passes.token_policy import TokenPolicy
 from nmonnx.passes.token_rows import TokenRows
 from nmonnx.pattern import Pattern
-from nmonnx.recipe import Recipe
+from nmonnx.pruning.recipe import Recipe
 from nmonnx.validate import validate
 
 NAMES = dict(

@@ -18,7 +18,7 @@ from nmonnx.diff.compare import Comparison
 from nmonnx.diff.functions import function_paths
 from nmonnx.diff.weights import same_values
 from nmonnx.errors import InputError
-from nmonnx.tensors import TensorReader
+from nmonnx.onnx_file.tensors import TensorReader
 
 LAYERS, ROLES = 3, ("q", "k", "v")
 

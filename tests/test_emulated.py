@@ -15,13 +15,13 @@ from small_models import mlp, weights, write
 from test_treatment import branches, stats_of
 
 from nmonnx.convert import convert
-from nmonnx.emulated import OPS, select, threshold_of
 from nmonnx.errors import UsageError
 from nmonnx.library import make_session
 from nmonnx.passes.emulated_bodies import emulated_function
 from nmonnx.pattern import Pattern, Share
-from nmonnx.presets import PRESETS
-from nmonnx.recipe import Recipe
+from nmonnx.pruning.emulated import OPS, select, threshold_of
+from nmonnx.pruning.presets import PRESETS
+from nmonnx.pruning.recipe import Recipe
 from nmonnx.validate import validate
 
 RECIPES = {

@@ -14,16 +14,16 @@ from test_cli import nmonnx
 from tiny_llama import Runner
 
 from nmonnx.convert import convert
-from nmonnx.decoder import Decoder
 from nmonnx.errors import InputError, UsageError
-from nmonnx.evaluate import evaluate, stated_recipe
-from nmonnx.harness import TaskScore, average_drop, read_task, run_tasks
-from nmonnx.intervals import mean_error, relative_drop, relative_drop_unpaired, student_t
+from nmonnx.evaluation.evaluate import evaluate, stated_recipe
+from nmonnx.evaluation.harness import TaskScore, average_drop, read_task, run_tasks
+from nmonnx.evaluation.intervals import mean_error, relative_drop, relative_drop_unpaired, student_t
+from nmonnx.evaluation.perplexity import perplexity
+from nmonnx.inference.decoder import Decoder
+from nmonnx.inference.text import encode, load_tokenizer
 from nmonnx.models import build
 from nmonnx.pattern import Pattern
-from nmonnx.perplexity import perplexity
-from nmonnx.recipe import Recipe
-from nmonnx.text import encode, load_tokenizer
+from nmonnx.pruning.recipe import Recipe
 
 TASK = Path(__file__).parents[1] / "docs" / "examples" / "everyday.yaml"
 TOKENS = np.random.default_rng(5).integers(3, 512, 150)
@@ -172,7 +172,7 @@ def test_a_task_finds_its_data_beside_it_and_is_refused_when_it_is_none(tmp_path
 
 
 def test_without_the_harness_the_way_to_install_it_is_told(pair, monkeypatch):
-    monkeypatch.setattr("nmonnx.harness.find_spec", lambda name: None)
+    monkeypatch.setattr("nmonnx.evaluation.harness.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'nmonnx\[eval\]'"):
         evaluate(pair, None, tasks=[TASK])
 
@@ -203,7 +203,7 @@ def _requests(*arguments: tuple) -> list[SimpleNamespace]:
 
 
 def test_log_likelihoods_equal_a_direct_computation_whatever_the_batch(pair, harness):
-    from nmonnx.harness_model import OnnxModel
+    from nmonnx.evaluation.harness_model import OnnxModel
 
     words = load_tokenizer(beside=pair[0])
     cases = [("Once upon a time", " there was a girl"), ("Tom", " ran"), ("", "The dog was big"), ("She said", ' "Hi"')]
@@ -221,7 +221,7 @@ def test_log_likelihoods_equal_a_direct_computation_whatever_the_batch(pair, har
 
 
 def test_a_rolling_text_is_its_perplexity_and_text_is_written_greedily(pair, harness):
-    from nmonnx.harness_model import OnnxModel
+    from nmonnx.evaluation.harness_model import OnnxModel
 
     words, decoder = load_tokenizer(beside=pair[0]), Decoder(pair[0], 1)
     model = OnnxModel(decoder, words)

@@ -16,14 +16,14 @@ from onnx import TensorProto, helper
 from small_models import mlp, write
 
 from nmonnx import reference
-from nmonnx.graph import Model, load
 from nmonnx.library import make_session
+from nmonnx.onnx_file.graph import Model, load
+from nmonnx.onnx_file.save import save
 from nmonnx.passes import EmitFunctions, FuseMatMul, InsertPrune
 from nmonnx.passes.bodies import Body, matmul_function, prune_function
 from nmonnx.pattern import Pattern
-from nmonnx.save import save
+from nmonnx.pruning.treatment import Treatment
 from nmonnx.sites import find_sites
-from nmonnx.treatment import Treatment
 
 ORDER = {
     "NMPrune": ("x", "scale", "shift", "order", "dense"),

@@ -16,15 +16,15 @@ from typer.testing import CliRunner
 
 from nmonnx.cli import app
 from nmonnx.convert import convert
-from nmonnx.corrections import Corrections
 from nmonnx.errors import UsageError
-from nmonnx.fit import Fit, fit
-from nmonnx.graph import load
+from nmonnx.fitting.fit import Fit, fit
 from nmonnx.library import make_session
-from nmonnx.mitigations import CLOSED_FORM
 from nmonnx.models import build
+from nmonnx.onnx_file.graph import load
 from nmonnx.pattern import Pattern
-from nmonnx.recipe import Recipe
+from nmonnx.pruning.mitigations import CLOSED_FORM
+from nmonnx.pruning.recipe import Recipe
+from nmonnx.records.corrections import Corrections
 from nmonnx.reference import prune
 from nmonnx.sites import find_sites
 from nmonnx.validate import validate

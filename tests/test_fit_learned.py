@@ -10,14 +10,14 @@ import tiny_llama
 from test_cli import refused
 
 from nmonnx.convert import convert
-from nmonnx.decoder import Decoder
 from nmonnx.errors import UsageError
-from nmonnx.fit import Fit, fit
-from nmonnx.fit_learned import Learning
-from nmonnx.mitigations import LEARNED
+from nmonnx.fitting.fit import Fit, fit
+from nmonnx.fitting.learned import Learning
+from nmonnx.inference.decoder import Decoder
 from nmonnx.models import build
 from nmonnx.pattern import Pattern
-from nmonnx.recipe import Recipe
+from nmonnx.pruning.mitigations import LEARNED
+from nmonnx.pruning.recipe import Recipe
 from nmonnx.validate import validate
 
 torch = pytest.importorskip("torch")

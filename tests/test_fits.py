@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nmonnx.fits import fit_layer, judge
-from nmonnx.moments import Moments, Rows, pruned, token_weights
+from nmonnx.fitting.closed_form import fit_layer, judge
+from nmonnx.fitting.moments import Moments, Rows, pruned, token_weights
 from nmonnx.pattern import Pattern
+from nmonnx.pruning.treatment import Treatment
 from nmonnx.reference import prune, variance_ratio
-from nmonnx.treatment import Treatment
 
 K, N, ROWS = 16, 6, 300
 RNG = np.random.default_rng(0)

@@ -17,16 +17,16 @@ from small_models import model, write
 from test_treatment import stats_of
 
 from nmonnx.convert import Conversion, convert
-from nmonnx.corrections import Correction, Corrections
 from nmonnx.diff import diff, to_text
 from nmonnx.digest import file_sha256
 from nmonnx.errors import InputError, UsageError
 from nmonnx.feeds import Feed
-from nmonnx.graph import load
 from nmonnx.library import make_session
+from nmonnx.onnx_file.graph import load
 from nmonnx.passes import fold_corrections
 from nmonnx.pattern import Pattern
-from nmonnx.recipe import Recipe
+from nmonnx.pruning.recipe import Recipe
+from nmonnx.records.corrections import Correction, Corrections
 from nmonnx.sites import find_sites
 from nmonnx.validate import validate
 

@@ -11,12 +11,12 @@ import pytest
 from corrected_models import random_correction
 
 from nmonnx.convert import convert
-from nmonnx.corrections import Corrections
 from nmonnx.digest import file_sha256
-from nmonnx.graph import load
 from nmonnx.library import make_session
+from nmonnx.onnx_file.graph import load
 from nmonnx.pattern import Pattern
-from nmonnx.recipe import Recipe
+from nmonnx.pruning.recipe import Recipe
+from nmonnx.records.corrections import Corrections
 from nmonnx.sites import find_sites
 from nmonnx.validate import validate
 

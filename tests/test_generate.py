@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nmonnx.decoder import Decoder
 from nmonnx.errors import InputError, RunError, UsageError
-from nmonnx.generate import Generation, Sampling, candidates, generate, pick
-from nmonnx.text import encode, load_tokenizer, read_text
+from nmonnx.inference.decoder import Decoder
+from nmonnx.inference.generate import Generation, Sampling, candidates, generate, pick
+from nmonnx.inference.text import encode, load_tokenizer, read_text
 
 CONTINUES = ["llama-genai-fp32", "llama-optimum-fp32", "llama-dynamo-kv-fp32", "llama-dynamo-fp32"]
 PROMPT = "Once upon a time"

@@ -27,7 +27,7 @@ from nmonnx.convert import convert
 from nmonnx.errors import NmonnxError
 from nmonnx.library import make_session
 from nmonnx.pattern import Pattern
-from nmonnx.recipe import Recipe
+from nmonnx.pruning.recipe import Recipe
 
 FILES = sorted((Path(__file__).parent / "golden").glob("*.txt"))
 

@@ -14,14 +14,14 @@ from tiny_decoder import HIDDEN, VOCAB, write_decoder
 
 from nmonnx.convert import convert
 from nmonnx.errors import InputError, UsageError
-from nmonnx.expected import fisher
-from nmonnx.gradients import Gradients, SiteGradient
-from nmonnx.graph import load
+from nmonnx.onnx_file.graph import load
 from nmonnx.pattern import Pattern
-from nmonnx.recipe import Recipe
+from nmonnx.pruning.expected import fisher
+from nmonnx.pruning.recipe import Recipe
+from nmonnx.pruning.treatment import Treatment
+from nmonnx.records.gradients import Gradients, SiteGradient
 from nmonnx.reference import prune
 from nmonnx.sites import find_sites
-from nmonnx.treatment import Treatment
 
 DOWN = "/model/layers.0/mlp/down_proj/MatMul"
 WINDOW = 8

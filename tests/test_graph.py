@@ -14,8 +14,8 @@ from onnx import TensorProto
 from small_models import mlp, model, write
 
 from nmonnx.errors import InputError
-from nmonnx.graph import load
-from nmonnx.tensors import all_tensors
+from nmonnx.onnx_file.graph import load
+from nmonnx.onnx_file.tensors import all_tensors
 
 
 def refused(path: Path) -> str:

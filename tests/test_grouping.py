@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nmonnx.allocate import Choice, allocate
-from nmonnx.grouping import deal, lost, swap, unstructured
+from nmonnx.pruning.allocate import Choice, allocate
+from nmonnx.pruning.grouping import deal, lost, swap, unstructured
 from nmonnx.reference import keep_mask
 
 

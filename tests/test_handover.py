@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from nmonnx.convert import convert
-from nmonnx.decoder import Decoder
 from nmonnx.errors import UsageError
-from nmonnx.handover import second_part_losses
-from nmonnx.perplexity import window_losses
-from nmonnx.phases import phases
-from nmonnx.recipe import Recipe
+from nmonnx.evaluation.handover import second_part_losses
+from nmonnx.evaluation.perplexity import window_losses
+from nmonnx.evaluation.phases import phases
+from nmonnx.inference.decoder import Decoder
+from nmonnx.pruning.recipe import Recipe
 
 ROWS = np.random.default_rng(5).integers(0, 512, (2, 40))
 NAMES = ["llama-genai-fp32", "llama-optimum-fp32"]

@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from small_models import weights
 from tiny_decoder import VOCAB, write_decoder
 
-from nmonnx.corrections import Correction
 from nmonnx.errors import UsageError
-from nmonnx.graph import load
+from nmonnx.onnx_file.graph import load
 from nmonnx.pattern import Pattern
-from nmonnx.recipe import Recipe
+from nmonnx.pruning.recipe import Recipe
+from nmonnx.pruning.treatment import Plan, Treatment, plan
+from nmonnx.records.corrections import Correction
 from nmonnx.reference import keep_mask as reference_mask
 from nmonnx.reference import prune_matmul
 from nmonnx.sites import find_sites
-from nmonnx.treatment import Plan, Treatment, plan
 
 torch = pytest.importorskip("torch")
 from nmonnx.learn import Settings, TorchGraph, learn  # noqa: E402

@@ -12,8 +12,8 @@ from small_models import model, weights, write
 
 from nmonnx.errors import UsageError
 from nmonnx.feeds import make_feeds, signature
-from nmonnx.graph import load
 from nmonnx.library import make_session
+from nmonnx.onnx_file.graph import load
 from nmonnx.sites import find_sites
 
 torch = pytest.importorskip("torch")

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from nmonnx import metrics
-from nmonnx.metrics import LogitTally, Tally, closeness, logit_closeness
+from nmonnx.evaluation import metrics
+from nmonnx.evaluation.metrics import LogitTally, Tally, closeness, logit_closeness
 
 RNG = np.random.default_rng(0)
 

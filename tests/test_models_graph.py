@@ -13,8 +13,8 @@ import pytest
 from tiny_llama import CONFIG, Runner, weights, write_folder, write_safetensors
 
 from nmonnx.errors import InputError, UsageError
-from nmonnx.graph import load
 from nmonnx.models import build
+from nmonnx.onnx_file.graph import load
 
 Zoo = Callable[[str], Path]
 SAME_AS_ZOO: dict[str, tuple[dict[str, Any], bool]] = {

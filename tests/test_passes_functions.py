@@ -18,7 +18,7 @@ from nmonnx.errors import UsageError
 from nmonnx.feeds import Feed
 from nmonnx.library import make_session
 from nmonnx.pattern import Pattern
-from nmonnx.recipe import Recipe
+from nmonnx.pruning.recipe import Recipe
 from nmonnx.reference import prune
 from nmonnx.validate import validate
 

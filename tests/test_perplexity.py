@@ -8,9 +8,9 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from nmonnx.decoder import Decoder
 from nmonnx.errors import InputError, UsageError
-from nmonnx.perplexity import perplexity
+from nmonnx.evaluation.perplexity import perplexity
+from nmonnx.inference.decoder import Decoder
 
 TOKENS = np.random.default_rng(5).integers(0, 512, 200)
 
@@ -52,8 +52,8 @@ def test_rows_side_by_side_and_pieces_change_nothing(zoo, monkeypatch, name):
     decoder = Decoder(zoo(name), threads=1)
     one = perplexity(decoder, TOKENS, window=40)
     assert perplexity(decoder, TOKENS, window=40, batch=3).window_nll == pytest.approx(one.window_nll, abs=1e-6)
-    monkeypatch.setattr("nmonnx.perplexity._PIECE", 7)
-    monkeypatch.setattr("nmonnx.perplexity._ROWS", 3)
+    monkeypatch.setattr("nmonnx.evaluation.perplexity._PIECE", 7)
+    monkeypatch.setattr("nmonnx.evaluation.perplexity._ROWS", 3)
     assert perplexity(decoder, TOKENS, window=40).window_nll == pytest.approx(one.window_nll, abs=1e-6)
 
 

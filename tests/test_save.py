@@ -15,12 +15,12 @@ from conftest import SHARED
 from onnx import ModelProto, numpy_helper
 from small_models import mlp, write
 
-import nmonnx.save
+import nmonnx.onnx_file.save
 from nmonnx.errors import InputError, ModelError, UsageError
-from nmonnx.graph import Transposed, load
-from nmonnx.save import save
-from nmonnx.tensors import all_tensors, is_external
-from nmonnx.weave import weave
+from nmonnx.onnx_file.graph import Transposed, load
+from nmonnx.onnx_file.save import save
+from nmonnx.onnx_file.tensors import all_tensors, is_external
+from nmonnx.onnx_file.weave import weave
 
 EVERY_MODEL = [*SHARED.glob("zoo/**/*.onnx"), *SHARED.glob("cases/models/*/in/**/*.onnx")]
 
@@ -67,7 +67,7 @@ def test_weights_arrive_whole_and_the_input_stays(tmp_path, external, elsewhere)
     model = load(source)
     up = model.proto.graph.initializer[0]
     model.repacked["up/KN"] = Transposed("up/KN", up)
-    model.graph.nodes[0].inputs[1] = nmonnx.graph.gs.Variable("up/KN")
+    model.graph.nodes[0].inputs[1] = nmonnx.onnx_file.graph.gs.Variable("up/KN")
     out = save(model, folder / "out.onnx")
     written = onnx.load(out, load_external_data=False)
     expected = contents(mlp(), source)
@@ -103,7 +103,7 @@ def test_copied_data_has_aligned_offsets_shared_ranges_once_and_no_unused_bytes(
 
 
 def test_a_model_that_outgrows_the_inline_limit_gets_external_data(tmp_path, monkeypatch):
-    monkeypatch.setattr(nmonnx.save, "INLINE_LIMIT", 1 << 20)
+    monkeypatch.setattr(nmonnx.onnx_file.save, "INLINE_LIMIT", 1 << 20)
     source = write(mlp(k=1024, hidden=1024), tmp_path / "m.onnx")
     out = save(load(source), tmp_path / "o.onnx")
     assert all(is_external(t) for t in all_tensors(onnx.load(out, load_external_data=False)))
@@ -147,7 +147,7 @@ def test_the_data_of_the_input_is_never_overwritten(tmp_path):
     onnx.save(proto, source)
     model = load(source)
     model.repacked["up/KN"] = Transposed("up/KN", model.proto.graph.initializer[0])
-    model.graph.nodes[0].inputs[1] = nmonnx.graph.gs.Variable("up/KN")
+    model.graph.nodes[0].inputs[1] = nmonnx.onnx_file.graph.gs.Variable("up/KN")
     with pytest.raises(UsageError, match="never changed"):
         save(model, tmp_path / "b.onnx", overwrite=True)
 
@@ -166,7 +166,7 @@ def test_sidecars_appear_with_the_model_or_not_at_all(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(nmonnx.save.os, "chmod", full)
+    monkeypatch.setattr(nmonnx.onnx_file.save.os, "chmod", full)
     with pytest.raises(ModelError, match="No space left"):
         save(load(source), tmp_path / "to" / "o.onnx", sidecars={"config.json": b"{}"})
     assert not list((tmp_path / "to").iterdir())
@@ -207,7 +207,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(nmonnx.save, "_pad", full)
+    monkeypatch.setattr(nmonnx.onnx_file.save, "_pad", full)
     with pytest.raises(ModelError, match="No space left"):
         save(load(source), tmp_path / "to" / "o.onnx")
     assert not list((tmp_path / "to").iterdir())

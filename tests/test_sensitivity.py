@@ -14,12 +14,12 @@ import pytest
 from test_cli import nmonnx
 from tiny_llama import CONFIG, Runner, weights, write_folder
 
+from nmonnx.calibration.sensitivity import Sensitivity, measure
 from nmonnx.convert import convert
 from nmonnx.errors import InputError, RunError, UsageError
 from nmonnx.models import build
 from nmonnx.pattern import Pattern
-from nmonnx.recipe import Recipe
-from nmonnx.sensitivity import Sensitivity, measure
+from nmonnx.pruning.recipe import Recipe
 
 TOKENS = np.random.default_rng(3).integers(0, CONFIG["vocab_size"], 100)
 RECIPE = Recipe(Pattern(4, 16))

@@ -14,13 +14,13 @@ import pytest
 from test_calibrate import TOKENS, WINDOW, llama  # noqa: F401
 from test_cli import nmonnx
 
-from nmonnx import shards
-from nmonnx.calibrate import calibrate
+from nmonnx.calibration import shards
+from nmonnx.calibration.calibrate import calibrate
+from nmonnx.calibration.shards import calibrate_shards
 from nmonnx.errors import RunError, UsageError
 from nmonnx.models import build
 from nmonnx.parallel import Workers
-from nmonnx.shards import calibrate_shards
-from nmonnx.stats import Stats
+from nmonnx.records.stats import Stats
 
 SETTINGS: dict = {"window": WINDOW, "sample": 40, "threads": 1}
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nmonnx.shifts import SHIFTS
-from nmonnx.stats import Seen
+from nmonnx.pruning.shifts import SHIFTS
+from nmonnx.records.stats import Seen
 
 
 def seen_of(sample: np.ndarray) -> Seen:

@@ -9,7 +9,7 @@ import pytest
 from conftest import SHARED
 
 from nmonnx.errors import InputError
-from nmonnx.graph import load
+from nmonnx.onnx_file.graph import load
 from nmonnx.sites import find_sites, select
 
 LIST = SHARED / "cases" / "cases.jsonl"

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 from site_models import matrix, parse, saved
 
 from nmonnx.errors import InputError
-from nmonnx.graph import Model, load
+from nmonnx.onnx_file.graph import Model, load
 from nmonnx.sites import find_sites, select
 
 HEAD = '\n<domain: "local", opset_import: ["" : 20, "local" : 1]> '

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import helper
 from site_models import RNG, matrix, parse, run_layer, saved
 
-from nmonnx.graph import Model
+from nmonnx.onnx_file.graph import Model
 from nmonnx.sites import Site, find_sites
 
 HEAD = "g (float[T, {k}] x) => (float[T, N] y) {{ {nodes} }}"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from site_models import matrix, parse, run_layer, saved
 
-from nmonnx.graph import Model
+from nmonnx.onnx_file.graph import Model
 from nmonnx.sites import Site, Skipped, find_sites
 
 X = "float[T, 8] x"

@@ -12,7 +12,7 @@ import pytest
 from conftest import SHARED
 from site_models import run_layer, without_names
 
-from nmonnx.graph import load
+from nmonnx.onnx_file.graph import load
 from nmonnx.sites import Found, Site, Skipped, find_sites
 
 ZOO = SHARED / "zoo"

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nmonnx.accumulator import Accumulator
-from nmonnx.archive import read_archive, write_archive
 from nmonnx.errors import InputError, ModelError, UsageError
-from nmonnx.stats import Seen, Stats
+from nmonnx.records.accumulator import Accumulator
+from nmonnx.records.archive import read_archive, write_archive
+from nmonnx.records.stats import Seen, Stats
 
 
 def rows(count: int = 700, k: int = 30, seed: int = 0) -> np.ndarray:
@@ -183,7 +183,7 @@ def test_a_missing_damaged_or_other_file_is_one_sentence(tmp_path):
 
 def test_another_schema_version_is_refused(tmp_path, monkeypatch):
     path = stats(rows()).save(tmp_path / "s.npz")
-    monkeypatch.setattr("nmonnx.archive.SCHEMA_VERSION", 2)
+    monkeypatch.setattr("nmonnx.records.archive.SCHEMA_VERSION", 2)
     with pytest.raises(InputError, match="schema version 1, this nmonnx reads 2"):
         Stats.load(path)
 

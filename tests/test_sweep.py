@@ -16,13 +16,13 @@ from test_cli import nmonnx
 
 from nmonnx.convert import convert
 from nmonnx.errors import InputError, UsageError
-from nmonnx.evaluate import evaluate
-from nmonnx.grid import Grid
+from nmonnx.evaluation.evaluate import evaluate
+from nmonnx.inference.text import encode, load_tokenizer
 from nmonnx.models import build
-from nmonnx.pareto import compare
-from nmonnx.recipe import Recipe
-from nmonnx.sweep import Measured, kept_shares, sweep_folder
-from nmonnx.text import encode, load_tokenizer
+from nmonnx.pruning.recipe import Recipe
+from nmonnx.sweeps.grid import Grid
+from nmonnx.sweeps.pareto import compare
+from nmonnx.sweeps.sweep import Measured, kept_shares, sweep_folder
 
 CUT = ("--window", 16, "--windows", 2, "--threads", 1)
 FORTY = (

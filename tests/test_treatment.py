@@ -14,13 +14,13 @@ from nmonnx.convert import Conversion, convert
 from nmonnx.digest import file_sha256
 from nmonnx.errors import UsageError
 from nmonnx.feeds import Feed
-from nmonnx.graph import load
 from nmonnx.library import make_session
+from nmonnx.onnx_file.graph import load
 from nmonnx.passes.behind import product_with
 from nmonnx.pattern import Pattern
-from nmonnx.recipe import Recipe
+from nmonnx.pruning.recipe import Recipe
+from nmonnx.records.stats import Seen, Stats
 from nmonnx.sites import Site, find_sites
-from nmonnx.stats import Seen, Stats
 from nmonnx.validate import validate
 
 ZOO = Path(__file__).parent.parent.parent / "shared" / "zoo"

@@ -19,10 +19,10 @@ from small_models import model, weights, write
 from nmonnx.convert import convert
 from nmonnx.errors import InputError, RunError, UsageError
 from nmonnx.feeds import Feed
+from nmonnx.onnx_file.skeleton import _data_root
 from nmonnx.pattern import Pattern
-from nmonnx.recipe import Recipe
+from nmonnx.pruning.recipe import Recipe
 from nmonnx.reference import prune
-from nmonnx.skeleton import _data_root
 from nmonnx.validate import Language, Report, Thresholds, validate
 
 Pairs = dict[str, tuple[Path, Path]]
@@ -291,7 +291,7 @@ def test_a_failed_check_names_what_is_wrong(pairs: Pairs, tmp_path):
 @pytest.mark.parametrize(("kernel", "name", "broken"), [("prune", "NMPrune", EXACT), ("fused", "NMMatMul", FUSED)])
 def test_an_op_that_computes_something_else_is_caught(kernel, name, broken, pairs: Pairs, tmp_path, monkeypatch):
     """The fallback function keeps the smallest values instead; the library, which would not run it, stays out."""
-    monkeypatch.setattr("nmonnx.skeleton._register", lambda options: None)
+    monkeypatch.setattr("nmonnx.onnx_file.skeleton._register", lambda options: None)
 
     def keep_smallest(proto):
         body = next(f for f in proto.functions if f.name == name)

@@ -15,7 +15,7 @@ from small_models import mlp, model, weights, write
 from nmonnx.convert import convert
 from nmonnx.errors import RunError, UsageError
 from nmonnx.pattern import Pattern
-from nmonnx.recipe import Recipe
+from nmonnx.pruning.recipe import Recipe
 from nmonnx.validate import Report, Thresholds, validate
 
 PRUNED = "each pruned layer has one op of its pattern"

@@ -15,10 +15,10 @@ from nmonnx.commands.conversion import conversion
 from nmonnx.convert import convert
 from nmonnx.errors import InputError, UsageError
 from nmonnx.library import make_session
+from nmonnx.onnx_file.weight_pruning import prune_weight
 from nmonnx.pattern import Pattern
-from nmonnx.recipe import Recipe
+from nmonnx.pruning.recipe import Recipe
 from nmonnx.validate import validate
-from nmonnx.weight_pruning import prune_weight
 
 
 def test_groups_lie_along_the_input_channels_of_each_output() -> None:

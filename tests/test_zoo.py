@@ -22,7 +22,7 @@ from nmonnx.errors import ModelError, NmonnxError
 from nmonnx.feeds import Feed, plan_feeds
 from nmonnx.library import make_session, register
 from nmonnx.pattern import Pattern
-from nmonnx.recipe import Recipe
+from nmonnx.pruning.recipe import Recipe
 from nmonnx.validate import Report, validate
 
 ZOO = SHARED / "zoo"

@@ -26,8 +26,8 @@ from nmonnx.errors import UsageError
 from nmonnx.report import Report, table, tally
 
 if TYPE_CHECKING:
+    from nmonnx.records.stats import Stats
     from nmonnx.sites import Site
-    from nmonnx.stats import Stats
 
 
 def command(
@@ -60,13 +60,13 @@ def command(
     A run that was cut short goes on where it was when it is started again. With --jobs or a --backend a text is cut
     into shards of 16 windows, which several processes or machines run; the statistics are the same.
     """
-    from nmonnx.calibrate import calibrate
-    from nmonnx.graph import load
+    from nmonnx.calibration.calibrate import calibrate
+    from nmonnx.calibration.shards import calibrate_shards
+    from nmonnx.inference.text import encode, load_tokenizer, read_text
+    from nmonnx.onnx_file.graph import load
     from nmonnx.parallel import Workers
     from nmonnx.progress import progress_bar
-    from nmonnx.shards import calibrate_shards
     from nmonnx.sites import find_sites
-    from nmonnx.text import encode, load_tokenizer, read_text
 
     if (text is None) == (not feeds):
         raise UsageError("give a text (--text FILE) or feeds (--feeds FILE), one of them")

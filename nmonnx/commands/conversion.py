@@ -120,7 +120,7 @@ def _what_the_order_spares(done: Conversion) -> str:
 
 
 def _how_corrected(done: Conversion) -> list[str]:
-    from nmonnx.corrections import brief
+    from nmonnx.records.corrections import brief
 
     fold = next((p for p in done.passes if p.name == "fold-corrections"), None)
     if fold is None or not (fold.changed or fold.left):

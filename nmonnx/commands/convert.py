@@ -24,7 +24,7 @@ from nmonnx.commands.options import (
     tell,
 )
 from nmonnx.errors import UsageError
-from nmonnx.presets import PRESETS, preset_named
+from nmonnx.pruning.presets import PRESETS, preset_named
 from nmonnx.report import check_format
 
 
@@ -132,9 +132,9 @@ def command(
     N is the number KEPT: 4:16 keeps 4 of 16 (Wanda, SparseGPT and llm-compressor count the zeroed ones).
     """
     from nmonnx.convert import convert
-    from nmonnx.corrections import Corrections
-    from nmonnx.fit_match import recipe_of
-    from nmonnx.recipe import Recipe
+    from nmonnx.pruning.fit_match import recipe_of
+    from nmonnx.pruning.recipe import Recipe
+    from nmonnx.records.corrections import Corrections
 
     check_format(report)
     flags: dict[str, Any] = {

@@ -32,7 +32,7 @@ def command(
     """Convert, validate and run SmolLM2-135M-Instruct (Apache-2.0), dense beside sparse."""
     from nmonnx.demo import run
     from nmonnx.pattern import Pattern
-    from nmonnx.recipe import Recipe
+    from nmonnx.pruning.recipe import Recipe
 
     check_format(report)
     recipe = Recipe(Pattern.parse(pattern))

@@ -14,8 +14,8 @@ from nmonnx.errors import UsageError
 from nmonnx.report import Report, Table, check_format, table
 
 if TYPE_CHECKING:
-    from nmonnx.evaluate import Evaluation, ModelScore, TextScore
-    from nmonnx.phases import Phase
+    from nmonnx.evaluation.evaluate import Evaluation, ModelScore, TextScore
+    from nmonnx.evaluation.phases import Phase
 
 
 def command(
@@ -55,9 +55,9 @@ def command(
     if split is not None and text is None:
         raise UsageError("--split divides the windows of a text; give --text FILE")
     check_format(report)
-    from nmonnx.evaluate import evaluate
-    from nmonnx.phases import phases
-    from nmonnx.text import encode, load_tokenizer, read_text
+    from nmonnx.evaluation.evaluate import evaluate
+    from nmonnx.evaluation.phases import phases
+    from nmonnx.inference.text import encode, load_tokenizer, read_text
 
     tokens = encode(load_tokenizer(tokenizer, beside=models[0]), read_text(text)) if text else None
     with Console(stderr=True).status("reading") as status:

@@ -30,11 +30,11 @@ from nmonnx.commands.options import (
     tell,
 )
 from nmonnx.errors import UsageError
-from nmonnx.presets import PRESETS, preset_named
+from nmonnx.pruning.presets import PRESETS, preset_named
 from nmonnx.report import Report, check_format, table, tally
 
 if TYPE_CHECKING:
-    from nmonnx.corrections import Corrections
+    from nmonnx.records.corrections import Corrections
 
 
 def command(
@@ -124,12 +124,12 @@ def command(
     its layer on held-out windows is refused and told; what is learned is judged by what it is learned by. A run that
     was cut short goes on where it was when it is started again.
     """
-    from nmonnx.fit import Fit, fit
-    from nmonnx.fit_learned import Learning
-    from nmonnx.mitigations import LEARNED
+    from nmonnx.fitting.fit import Fit, fit
+    from nmonnx.fitting.learned import Learning
+    from nmonnx.inference.text import encode, load_tokenizer, read_text
     from nmonnx.progress import progress_bar
-    from nmonnx.recipe import Recipe
-    from nmonnx.text import encode, load_tokenizer, read_text
+    from nmonnx.pruning.mitigations import LEARNED
+    from nmonnx.pruning.recipe import Recipe
 
     check_format(report)
     if (text is None) == (not feeds):
@@ -181,7 +181,7 @@ def command(
 
 def fitted(out: Path, model: Path, found: Corrections, verbose: bool = False) -> Report:
     """What was fitted, and what was refused with its figures."""
-    from nmonnx.corrections import brief
+    from nmonnx.records.corrections import brief
 
     total = len(found.sites) + len(found.refused)
     words = [f"{len(found.sites)} of {total} layers corrected; {found.protocol}."]

@@ -28,9 +28,9 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Continue a prompt with MODEL, any decoder export, with ONNX Runtime alone. The text goes to stdout."""
-    from nmonnx.decoder import Decoder
-    from nmonnx.generate import Sampling, generate
-    from nmonnx.text import load_tokenizer
+    from nmonnx.inference.decoder import Decoder
+    from nmonnx.inference.generate import Sampling, generate
+    from nmonnx.inference.text import load_tokenizer
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     words = load_tokenizer(tokenizer, beside=model)

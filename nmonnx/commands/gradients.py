@@ -36,9 +36,9 @@ def command(
 ) -> None:
     """Run MODEL forward and back over a text (needs PyTorch) and write the gradient of the loss by what each linear
     layer reads."""
+    from nmonnx.inference.text import encode, load_tokenizer, read_text
     from nmonnx.learn.gradients import measure_gradients
     from nmonnx.progress import progress_bar
-    from nmonnx.text import encode, load_tokenizer, read_text
 
     output = output or beside(model, "-gradients.npz")
     refuse_output(output, ".npz", overwrite)

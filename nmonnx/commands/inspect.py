@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def command(model: ModelPath, report: ReportPath = None, verbose: Verbose = False, quiet: Quiet = False) -> None:
     """List the linear layers of MODEL by role, with what can be pruned and the reason where not."""
     from nmonnx.convert import converted_records
-    from nmonnx.graph import load
+    from nmonnx.onnx_file.graph import load
     from nmonnx.sites import find_sites
 
     check_format(report)

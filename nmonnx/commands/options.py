@@ -13,9 +13,9 @@ from nmonnx.report import Report, check_place, show, write
 
 if TYPE_CHECKING:
     from nmonnx.feeds import Feed
-    from nmonnx.gradients import Gradients
-    from nmonnx.sensitivity_record import Sensitivity
-    from nmonnx.stats import Stats
+    from nmonnx.records.gradients import Gradients
+    from nmonnx.records.sensitivity import Sensitivity
+    from nmonnx.records.stats import Stats
 
 ModelPath = Annotated[Path, typer.Argument(help="The model, an .onnx file.", show_default=False)]
 ReportPath = Annotated[
@@ -80,9 +80,9 @@ def read_measured(
     stats: Path | None, sensitivity: Path | None, gradients: Path | None
 ) -> tuple[Stats | None, Sensitivity | None, Gradients | None]:
     """What was measured on the model before. Raises InputError."""
-    from nmonnx.gradients import Gradients
-    from nmonnx.sensitivity_record import Sensitivity
-    from nmonnx.stats import Stats
+    from nmonnx.records.gradients import Gradients
+    from nmonnx.records.sensitivity import Sensitivity
+    from nmonnx.records.stats import Stats
 
     return (
         Stats.load(stats) if stats else None,
@@ -102,7 +102,7 @@ def read_feed_files(model: Path, files: list[Path]) -> list[Feed]:
 
 def refuse_output(output: Path, suffix: str, overwrite: bool, feeds: list[Path] | None = None) -> None:
     """Refuse an --output that could not be written before minutes of work are done. Raises UsageError."""
-    from nmonnx.save import refuse_clash
+    from nmonnx.onnx_file.save import refuse_clash
 
     refuse_clash(output, feeds or [], overwrite, "one of the feeds")
     check_place("--output", output, (suffix,))

@@ -24,7 +24,7 @@ from nmonnx.commands.options import (
 from nmonnx.report import Report, check_format, table
 
 if TYPE_CHECKING:
-    from nmonnx.sensitivity_record import Sensitivity
+    from nmonnx.records.sensitivity import Sensitivity
 
 _TOP = 20
 
@@ -50,10 +50,10 @@ def command(
     Layers that read one activation (q, k and v; gate and up) are pruned together. What is measured is kept beside the
     output (.partial.json) until the end: the same command goes on where it was interrupted.
     """
+    from nmonnx.calibration.sensitivity import measure
+    from nmonnx.inference.text import encode, load_tokenizer, read_text
     from nmonnx.progress import progress_bar
-    from nmonnx.recipe import Recipe
-    from nmonnx.sensitivity import measure
-    from nmonnx.text import encode, load_tokenizer, read_text
+    from nmonnx.pruning.recipe import Recipe
 
     check_format(report)
     refuse_output(output, ".json", overwrite)

@@ -26,9 +26,9 @@ from nmonnx.parallel import INSTALL, Workers
 from nmonnx.report import Report, check_format, counted, table
 
 if TYPE_CHECKING:
-    from nmonnx.pareto import Row
-    from nmonnx.search import Answer
-    from nmonnx.sweep import Measured
+    from nmonnx.sweeps.pareto import Row
+    from nmonnx.sweeps.search import Answer
+    from nmonnx.sweeps.sweep import Measured
 
 
 def command(
@@ -96,12 +96,12 @@ def command(
     Results do not depend on the backend, for a fixed --threads. Workers on other
     machines need the same paths.
     """
-    from nmonnx.grid import Grid
-    from nmonnx.pareto import compare
+    from nmonnx.inference.text import encode, load_tokenizer, read_text
     from nmonnx.progress import progress_bar
-    from nmonnx.search import search
-    from nmonnx.sweep import Job, protocol, run_jobs, sweep_folder
-    from nmonnx.text import encode, load_tokenizer, read_text
+    from nmonnx.sweeps.grid import Grid
+    from nmonnx.sweeps.pareto import compare
+    from nmonnx.sweeps.search import search
+    from nmonnx.sweeps.sweep import Job, protocol, run_jobs, sweep_folder
 
     lists = {
         "patterns": patterns,
@@ -163,7 +163,7 @@ def sweep(
     inputs: tuple[Path, ...],
 ) -> Report:
     """One row for each recipe, the least read first; the Pareto front is marked."""
-    from nmonnx.pareto import can_plot
+    from nmonnx.sweeps.pareto import can_plot
 
     recipes, predicted = counted(len(rows), "recipe"), sum(dense.window_tokens)
     words = [f"{recipes}; dense perplexity {dense.ppl:.2f}, {predicted} tokens predicted."]
@@ -197,8 +197,8 @@ def sweep(
 
 def _write(output: Path, rows: list[Row], answer: Answer | None) -> None:
     """results.csv, the plot, and the answer of a search."""
-    from nmonnx.pareto import can_plot, plot
-    from nmonnx.save import staging
+    from nmonnx.onnx_file.save import staging
+    from nmonnx.sweeps.pareto import can_plot, plot
 
     text = io.StringIO()
     names = ("recipe", "ppl", "nll", "difference", "difference_error", "kept_pruned", "kept", "pareto", "json")

@@ -56,7 +56,7 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Prove what the conversion left alone and measure what it changed. Exit code 1 when a check or a limit fails."""
-    from nmonnx.text import load_tokenizer, read_text
+    from nmonnx.inference.text import load_tokenizer, read_text
     from nmonnx.validate import Language, Thresholds, validate
 
     check_format(report)

@@ -20,8 +20,8 @@ from nmonnx.diff.edits import (
 )
 from nmonnx.diff.fold import Fold, fold
 from nmonnx.diff.render import to_data, to_json, to_text
-from nmonnx.graph import read_skeleton
-from nmonnx.tensors import TensorReader
+from nmonnx.onnx_file.graph import read_skeleton
+from nmonnx.onnx_file.tensors import TensorReader
 
 __all__ = [
     "AttributeEdit",

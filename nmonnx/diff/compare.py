@@ -29,7 +29,7 @@ from nmonnx.diff.fields import field_texts
 from nmonnx.diff.functions import called, function_key, function_paths
 from nmonnx.diff.match import Pair, match_nodes
 from nmonnx.diff.weights import same_values, shape_text
-from nmonnx.tensors import TensorReader
+from nmonnx.onnx_file.tensors import TensorReader
 
 K = TypeVar("K")
 V = TypeVar("V")

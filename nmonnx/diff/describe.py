@@ -6,8 +6,8 @@ from onnx import AttributeProto, FunctionProto, NodeProto, TypeProto, ValueInfoP
 
 from nmonnx.diff.functions import called
 from nmonnx.diff.weights import shape_text
-from nmonnx.graph import DOMAIN
-from nmonnx.tensors import TensorReader, type_name
+from nmonnx.onnx_file.graph import DOMAIN
+from nmonnx.onnx_file.tensors import TensorReader, type_name
 
 _LONGEST = 200
 

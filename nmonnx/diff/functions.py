@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from onnx import FunctionProto, NodeProto
 
-from nmonnx.graph import DOMAIN
+from nmonnx.onnx_file.graph import DOMAIN
 
 
 def function_key(function: FunctionProto) -> str:

@@ -8,7 +8,7 @@ from itertools import zip_longest
 import numpy as np
 from onnx import TensorProto
 
-from nmonnx.tensors import TensorReader, is_external, type_name
+from nmonnx.onnx_file.tensors import TensorReader, is_external, type_name
 
 _PIECE = 4 << 20
 

@@ -12,7 +12,7 @@ from nmonnx.errors import InputError
 from nmonnx.feeds.make import check_array
 from nmonnx.feeds.sample import Feed
 from nmonnx.feeds.signature import Port, Signature
-from nmonnx.tensors import why
+from nmonnx.onnx_file.tensors import why
 
 
 def read_feeds(path: str | Path, sig: Signature) -> list[Feed]:

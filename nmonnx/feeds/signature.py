@@ -11,7 +11,7 @@ import numpy as np
 from onnx import GraphProto, helper
 
 from nmonnx.errors import InputError
-from nmonnx.model_config import ModelConfig, read_config
+from nmonnx.onnx_file.model_config import ModelConfig, read_config
 
 if TYPE_CHECKING:
     import onnxruntime as ort

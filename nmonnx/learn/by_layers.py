@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nmonnx.corrections import Correction
 from nmonnx.learn.blocks import Block, find_blocks
 from nmonnx.learn.model import Task, verdict
 from nmonnx.learn.training import train
 from nmonnx.progress import Step
+from nmonnx.records.corrections import Correction
 
 Stream = list[dict[str, Tensor]]
 """What the blocks so far give, for each window."""

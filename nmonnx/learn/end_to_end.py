@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nmonnx.corrections import Correction
 from nmonnx.learn.model import Feeds, Task, verdict
 from nmonnx.learn.training import train
 from nmonnx.progress import Step
+from nmonnx.records.corrections import Correction
 
 _SAVE_EVERY = 32
 """Windows between two checkpoints."""

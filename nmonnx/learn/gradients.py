@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nmonnx.decoder import Decoder
 from nmonnx.digest import file_sha256
 from nmonnx.errors import InputError, UsageError
 from nmonnx.feeds import Signature
 from nmonnx.feeds.make import make_feeds
-from nmonnx.gradients import Gradients, SiteGradient
-from nmonnx.graph import load
+from nmonnx.inference.decoder import Decoder
 from nmonnx.learn.torch_graph import TorchGraph
 from nmonnx.learn.training import cut_rows, spread
+from nmonnx.onnx_file.graph import load
 from nmonnx.progress import Step
+from nmonnx.records.gradients import Gradients, SiteGradient
 from nmonnx.sites import Site, find_sites
 
 

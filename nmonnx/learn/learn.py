@@ -11,9 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nmonnx.corrections import Correction, Corrections
 from nmonnx.digest import file_sha256
-from nmonnx.graph import load
 from nmonnx.learn.by_layers import learn_by_layers
 from nmonnx.learn.end_to_end import learn_end_to_end
 from nmonnx.learn.model import Task, coarse_products
@@ -21,10 +19,12 @@ from nmonnx.learn.pruned import Pruned
 from nmonnx.learn.settings import LEARNED, Settings, learned_parts, pruned
 from nmonnx.learn.torch_graph import TorchGraph
 from nmonnx.learn.training import Text, read_windows
+from nmonnx.onnx_file.graph import load
 from nmonnx.progress import Step
-from nmonnx.recipe import Recipe
+from nmonnx.pruning.recipe import Recipe
+from nmonnx.pruning.treatment import Plan
+from nmonnx.records.corrections import Correction, Corrections
 from nmonnx.sites import find_sites
-from nmonnx.treatment import Plan
 
 
 def learn(

@@ -15,7 +15,7 @@ from nmonnx.learn.pruned import Pruned
 from nmonnx.learn.settings import Settings
 from nmonnx.learn.torch_graph import Product, TorchGraph
 from nmonnx.learn.training import Text
-from nmonnx.save import staging
+from nmonnx.onnx_file.save import staging
 from nmonnx.sites import Found, Site
 
 Feeds = Mapping[str, Tensor]

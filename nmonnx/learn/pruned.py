@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nmonnx.corrections import Correction
-from nmonnx.treatment import Treatment
+from nmonnx.pruning.treatment import Treatment
+from nmonnx.records.corrections import Correction
 
 _MOST = 4.0
 """The most that VAR scales a token by, as in `nmonnx.reference`."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nmonnx.corrections import Correction
 from nmonnx.errors import UsageError
 from nmonnx.learn.pruned import Pruned
-from nmonnx.treatment import Treatment
+from nmonnx.pruning.treatment import Treatment
+from nmonnx.records.corrections import Correction
 
 LEARNED = {
     "l-pts": "shift",

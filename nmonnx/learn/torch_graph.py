@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nmonnx.errors import UsageError
-from nmonnx.graph import Model
 from nmonnx.learn.ops import OPS, Op, tensor_of
+from nmonnx.onnx_file.graph import Model
 from nmonnx.sites import Site
 
 Intercept = Callable[[Tensor], Tensor]

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nmonnx.decoder import Decoder
 from nmonnx.errors import InputError
+from nmonnx.evaluation.perplexity import cut_windows
 from nmonnx.feeds import Signature, make_feeds
+from nmonnx.inference.decoder import Decoder
 from nmonnx.learn.ops import tensor_of
 from nmonnx.learn.settings import Settings
-from nmonnx.perplexity import cut_windows
 
 
 @dataclass(frozen=True)

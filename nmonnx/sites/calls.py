@@ -10,7 +10,7 @@ from typing import TypeAlias
 import onnx
 import onnx_graphsurgeon as gs
 
-from nmonnx.graph import Model
+from nmonnx.onnx_file.graph import Model
 from nmonnx.sites.scope import Scope, domain_of
 
 Call: TypeAlias = tuple[Scope, gs.Node]

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import SparseTensorProto, TensorProto
 
-from nmonnx.tensors import TensorReader
+from nmonnx.onnx_file.tensors import TensorReader
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,8 @@ from functools import partial
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
-from nmonnx.graph import DOMAIN, Model
+from nmonnx.onnx_file.graph import DOMAIN, Model
+from nmonnx.onnx_file.tensors import type_name
 from nmonnx.sites.lift import Chain, Lifter
 from nmonnx.sites.linear import Left, Linear, Product, Reading
 from nmonnx.sites.quantised import QUANTISED
@@ -20,7 +21,6 @@ from nmonnx.sites.spellings import SPELLINGS
 from nmonnx.sites.splice import Splice, find_splice
 from nmonnx.sites.structure import infer
 from nmonnx.sites.trace import Tracer, has_caller_attributes
-from nmonnx.tensors import type_name
 
 _READERS = {**SPELLINGS, **QUANTISED}
 _PRUNABLE = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)

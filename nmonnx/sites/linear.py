@@ -9,11 +9,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
+from nmonnx.onnx_file.tensors import type_name
 from nmonnx.sites.constant import Constant, NotConstant
 from nmonnx.sites.scope import Scope
 from nmonnx.sites.site import FusableWeight
 from nmonnx.sites.trace import Tracer
-from nmonnx.tensors import type_name
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,9 +16,9 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
+from nmonnx.onnx_file.tensors import type_name
 from nmonnx.sites.constant import Constant, NotConstant, sparse_constant, stored_constant
 from nmonnx.sites.scope import Scope, input_of
-from nmonnx.tensors import type_name
 
 if TYPE_CHECKING:
     from nmonnx.sites.trace import Tracer

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from nmonnx.errors import InputError
-from nmonnx.tensors import unpack_bits
+from nmonnx.onnx_file.tensors import unpack_bits
 
 _NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),

@@ -10,7 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import SparseTensorProto, TensorProto
 
-from nmonnx.graph import DOMAIN, Model
+from nmonnx.onnx_file.graph import DOMAIN, Model
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 from onnx import SparseTensorProto, TensorProto
 
 from nmonnx.errors import InputError
-from nmonnx.graph import Model
+from nmonnx.onnx_file.graph import Model
 from nmonnx.sites.calls import Calls
 from nmonnx.sites.constant import AT_RUN_TIME, Constant, NotConstant, Stored, stored_constant
 from nmonnx.sites.operators import FOLLOWED

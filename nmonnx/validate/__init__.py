@@ -12,10 +12,10 @@ import numpy as np
 from nmonnx.errors import NmonnxError, RunError
 from nmonnx.feeds import Feed, Signature, sample_feeds, signature
 from nmonnx.feeds.sample import explain
-from nmonnx.graph import load, read_skeleton
 from nmonnx.library import make_session
+from nmonnx.onnx_file.graph import load, read_skeleton
+from nmonnx.onnx_file.tensors import TensorReader
 from nmonnx.sites import Found, find_sites
-from nmonnx.tensors import TensorReader
 from nmonnx.validate.claims import read_claims
 from nmonnx.validate.fallback import check_fallback
 from nmonnx.validate.language import Answer, Language, Task, ask, compare_answers, make_task, text_feeds

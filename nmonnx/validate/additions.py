@@ -11,8 +11,8 @@ import numpy as np
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from nmonnx.digest import array_sha256
-from nmonnx.graph import DOMAIN
-from nmonnx.tensors import TensorReader
+from nmonnx.onnx_file.graph import DOMAIN
+from nmonnx.onnx_file.tensors import TensorReader
 from nmonnx.validate.claims import Declared
 from nmonnx.validate.scopes import Scopes
 

@@ -19,7 +19,7 @@ from nmonnx.diff.edits import (
     TensorEdit,
     ValueEdit,
 )
-from nmonnx.graph import DOMAIN
+from nmonnx.onnx_file.graph import DOMAIN
 from nmonnx.validate.claims import Claim
 from nmonnx.validate.scopes import Key, Scopes, Trail, factors
 

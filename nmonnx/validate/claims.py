@@ -12,7 +12,7 @@ from onnx import ModelProto
 from nmonnx.digest import file_sha256
 from nmonnx.errors import InputError, UsageError
 from nmonnx.pattern import Pattern
-from nmonnx.recipe import Recipe
+from nmonnx.pruning.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper
 
-from nmonnx.emulated import OPS, select
 from nmonnx.feeds.sample import explain
-from nmonnx.graph import DOMAIN
+from nmonnx.onnx_file.graph import DOMAIN
 from nmonnx.passes.bodies import CENTER_VALUES
 from nmonnx.pattern import MAX_GROUP
+from nmonnx.pruning.emulated import OPS, select
 from nmonnx.reference import Center, center_of, prune, prune_matmul
 from nmonnx.sites import Site
 from nmonnx.validate.pair import SLOTS, Pair

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nmonnx.decoder import Decoder
 from nmonnx.errors import InputError, RunError, UsageError
+from nmonnx.evaluation.perplexity import Perplexity, perplexity
 from nmonnx.feeds import Feed, make_feeds, signature
-from nmonnx.perplexity import Perplexity, perplexity
-from nmonnx.text import encode
+from nmonnx.inference.decoder import Decoder
+from nmonnx.inference.text import encode
 from nmonnx.validate.outputs import run_feeds
 from nmonnx.validate.result import GREEDY, PPL_RATIO, Check, LanguageRecord, Thresholds, held
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nmonnx.errors import RunError
+from nmonnx.evaluation.metrics import LogitTally, Tally
 from nmonnx.feeds import Feed, Signature
 from nmonnx.feeds.sample import explain
-from nmonnx.metrics import LogitTally, Tally
 from nmonnx.validate.result import Check, OutputRecord, Thresholds, counted, held
 
 if TYPE_CHECKING:

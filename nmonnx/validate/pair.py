@@ -8,9 +8,9 @@ from functools import cached_property
 import numpy as np
 from onnx import ModelProto, NodeProto, numpy_helper
 
-from nmonnx.emulated import OPS
+from nmonnx.onnx_file.tensors import TensorReader
 from nmonnx.passes.bodies import INPUTS
-from nmonnx.tensors import TensorReader
+from nmonnx.pruning.emulated import OPS
 from nmonnx.validate.additions import Addition, take_off
 from nmonnx.validate.claims import Claim, Claims
 from nmonnx.validate.scopes import Key, Scope, Scopes, Trail

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto
 
-from nmonnx.emulated import OPS, select
 from nmonnx.passes.bodies import CENTER_VALUES
 from nmonnx.pattern import Pattern
+from nmonnx.pruning.emulated import OPS, select
 from nmonnx.reference import Center, center_of, prune
 from nmonnx.validate.additions import Addition
 from nmonnx.validate.claims import Claim

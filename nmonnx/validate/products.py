@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from nmonnx.errors import InputError
-from nmonnx.metrics import relative
+from nmonnx.evaluation.metrics import relative
 from nmonnx.reference import center_of
 from nmonnx.sites import Site
 from nmonnx.validate.probe import Probe

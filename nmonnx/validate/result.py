@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nmonnx.errors import UsageError
-from nmonnx.metrics import Closeness, LogitCloseness
-from nmonnx.recipe import Recipe
+from nmonnx.evaluation.metrics import Closeness, LogitCloseness
+from nmonnx.pruning.recipe import Recipe
 
 _SHOWN = 3
 

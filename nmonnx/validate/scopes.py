@@ -9,7 +9,7 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProt
 
 from nmonnx.diff.compare import label
 from nmonnx.diff.functions import function_key, function_paths
-from nmonnx.graph import DOMAIN
+from nmonnx.onnx_file.graph import DOMAIN
 from nmonnx.passes.bodies import INPUTS
 
 Key = tuple[str, str]

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from nmonnx.emulated import OPS
+from nmonnx.calibration.taps import Tapped
+from nmonnx.evaluation.metrics import relative
 from nmonnx.feeds import Feed
-from nmonnx.metrics import relative
 from nmonnx.pattern import Pattern, Share
+from nmonnx.pruning.emulated import OPS
 from nmonnx.sites import Site
-from nmonnx.taps import Tapped
 from nmonnx.validate.pair import Pair
 from nmonnx.validate.probe import Probe, probe_of
 from nmonnx.validate.products import ROWS, close, multiply, same

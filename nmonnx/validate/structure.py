@@ -11,10 +11,10 @@ from onnx import NodeProto, TensorProto
 from nmonnx.diff.compare import Comparison, label
 from nmonnx.diff.edits import Edit
 from nmonnx.digest import array_sha256
-from nmonnx.emulated import OPS
-from nmonnx.graph import DOMAIN
+from nmonnx.onnx_file.graph import DOMAIN
+from nmonnx.onnx_file.tensors import TensorReader
 from nmonnx.pattern import pattern_text
-from nmonnx.tensors import TensorReader
+from nmonnx.pruning.emulated import OPS
 from nmonnx.validate.changes import Explained, unexplained
 from nmonnx.validate.claims import Claim, Claims
 from nmonnx.validate.folds import Folds

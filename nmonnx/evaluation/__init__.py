@@ -1,0 +1,1 @@
+"""How much a model loses: perplexity, tasks, agreement with the dense model, phases."""

@@ -1,0 +1,1 @@
+"""Finds the constants that make up for pruning, and keeps those that help on tokens held out."""
