@@ -62,7 +62,9 @@ def run(path: Path, x: np.ndarray, library: bool = True) -> np.ndarray:
 
 
 def failed(source: Path, out: Path, x: np.ndarray) -> list[str]:
-    report = validate(source, out, feeds=[Feed("x", {"x": x})])
+    file = source.with_suffix(".npz")
+    fit = Corrections.load(file) if file.is_file() else None
+    report = validate(source, out, feeds=[Feed("x", {"x": x})], fit=fit)
     return [f"{c.name}: {c.detail}" for c in report.checks if not c.passed]
 
 
@@ -170,6 +172,21 @@ def test_a_fold_with_the_wrong_sign_of_the_shift_fails_validation(tmp_path, monk
     )
     source, out, _ = folded(tmp_path, layer("Gemm")[0], FUSED, random_correction({"shift", "weight"}))
     assert any("make up for the shift" in said for said in failed(source, out, X.astype(np.float32)))
+
+
+@pytest.mark.parametrize("recipe", [FUSED, PRUNED], ids=["fused", "prune"])
+@pytest.mark.parametrize(
+    "wrong, parts", [("folded_weight", "low"), ("folded_weight", "weight"), ("added_bias", "bias")]
+)
+def test_a_fold_that_is_slightly_wrong_is_told_from_the_pruning(tmp_path, monkeypatch, wrong, parts, recipe):
+    right = getattr(fold_corrections, wrong)
+    monkeypatch.setattr(fold_corrections, wrong, lambda *given: 1.001 * right(*given))
+    source, out, _ = folded(tmp_path, layer("Gemm")[0], recipe, random_correction({parts}))
+    assert [said.split(":")[0] for said in failed(source, out, X.astype(np.float32))] == [
+        "folded layers equal their corrections, unfolded"
+    ]
+    source.with_suffix(".npz").unlink()  # it is the file of corrections that tells
+    assert failed(source, out, X.astype(np.float32)) == []
 
 
 def spoilt(proto: onnx.ModelProto, how: str) -> None:

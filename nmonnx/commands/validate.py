@@ -49,6 +49,10 @@ def command(
     min_top5: Annotated[Limit, typer.Option(help="Least overlap of the five first predictions.")] = None,
     min_greedy: Annotated[Limit, typer.Option(help="Least share of equal greedy continuation.")] = None,
     min_kept_energy: Annotated[Limit, typer.Option(help="Least share of energy that each layer keeps.")] = None,
+    fit: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="The corrections that were folded: measure each layer against them, not folded."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the made inputs.")] = 0,
     threads: Threads = 0,
     report: ReportPath = None,
@@ -57,6 +61,7 @@ def command(
 ) -> None:
     """Prove what the conversion left alone and measure what it changed. Exit code 1 when a check or a limit fails."""
     from nmonnx.inference.text import load_tokenizer, read_text
+    from nmonnx.records.corrections import Corrections
     from nmonnx.validate import Language, Thresholds, validate
 
     check_format(report)
@@ -87,6 +92,7 @@ def command(
             threads,
             seed,
             say,
+            Corrections.load(fit) if fit else None,
         )
     tell(validation(done, verbose), report, quiet)
     if not done.passed:

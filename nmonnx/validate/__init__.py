@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from nmonnx.convert import refuse_foreign
 from nmonnx.errors import NmonnxError, RunError
 from nmonnx.feeds import Feed, Signature, sample_feeds, signature
 from nmonnx.feeds.sample import explain
 from nmonnx.library import make_session
 from nmonnx.onnx_file.graph import load, read_skeleton
 from nmonnx.onnx_file.tensors import TensorReader
+from nmonnx.records.corrections import Corrections
 from nmonnx.sites import Found, find_sites
 from nmonnx.validate.claims import read_claims
 from nmonnx.validate.fallback import check_fallback
@@ -47,12 +49,14 @@ def validate(
     threads: int = 0,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
+    fit: Corrections | None = None,
 ) -> Report:
     """Compare `converted` with the `original` that it was made from.
 
     1. Proven from the files: see `check_structure`; and the fallback functions on their own: see `check_fallback`.
     2. Measured on `feeds`: every output, and each pruned layer. By default pieces of the text, without a text (or when
-       the model takes no such calls) `sample_feeds` with `seed`.
+       the model takes no such calls) `sample_feeds` with `seed`. With the corrections `fit` that were folded, each
+       corrected layer also against its formula, so that an error of a fold is told from that of the pruning.
     3. Measured on `language`: greedy continuations and, with a text, perplexity.
     4. Every limit of `thresholds` is a check, a failed one when nothing measured it.
 
@@ -65,6 +69,8 @@ def validate(
     task = make_task(language or Language(), seed)
     say("comparing the files")
     pair = _open(original, converted)
+    if fit is not None:
+        refuse_foreign(original, {"corrections": fit})
     found = find_sites(load(original))
     checks = [*check_structure(pair, _linear_names(found)), check_fallback(pair, found.sites)]
     unseen, _ = measure_sites(pair, found.sites, [], threads)
@@ -82,11 +88,13 @@ def validate(
         missing = unmeasured([], limits, "the converted model does not run")
         return replace(proven, checks=(*checks, *missing), feeds=old.names)
     say("measuring the layers")
-    sites, site_checks = measure_sites(pair, found.sites, old.feeds, threads)
+    sites, site_checks = measure_sites(pair, found.sites, old.feeds, threads, fit)
     outputs, output_checks = compare_outputs(old.outputs, new.outputs, old.feeds, old.sig, limits)
     record, language_checks = compare_answers(old.answer, new.answer, limits)
     measured = [*site_checks, *_energy(sites, limits), *output_checks, *language_checks]
     reasons = [("language", a.reason) for a in (old.answer, new.answer) if a.reason][:1]
+    if pair.claims.fitted and fit is None:
+        reasons.append(("corrected layers against their corrections", "--fit was not given"))
     return replace(
         proven,
         checks=(*checks, *measured, *unmeasured(measured, limits)),

@@ -41,6 +41,12 @@ class FoldedLayer:
         behind = self.addition
         return 1 + (0 if behind is None else (behind.values is not None) + 3 * (behind.low is not None))
 
+    @property
+    def rounding(self) -> float:
+        """Of the coarsest type that a new constant is stored in; 0 when there is none."""
+        types = {self._values(key).dtype for key in (self.constants or {}).values()}
+        return max((float(np.finfo(t).eps) for t in types if t.kind == "f"), default=0.0)
+
     def weight(self, original: np.ndarray) -> np.ndarray:
         """[K, N] float32: the new weight, or the `original` one, with its new scales."""
         if self._key("W"):

@@ -11,6 +11,7 @@ from onnx import NodeProto
 from nmonnx.passes.bodies import CENTER_VALUES
 from nmonnx.pattern import Pattern
 from nmonnx.pruning.emulated import OPS, select
+from nmonnx.records.corrections import Correction
 from nmonnx.reference import Center, center_of, prune
 from nmonnx.validate.additions import Addition
 from nmonnx.validate.claims import Claim
@@ -26,7 +27,8 @@ class Probe:
     those that are no stored values, but `computed` by nodes such as a Cast, are fetched by tensor name in each run.
     `own_bias` is what a folded bias stands for in the original; `misfold` how far the folded one is from what it should
     be, `missum` the same of what the rows of the weight add up to. `addition` is added behind the layer, `folded` what
-    a correction changed."""
+    a correction changed, `correction` what it should be, `outputs` the original's of the rows `before`, and `beyond`
+    how far the layer is from that."""
 
     claim: Claim
     node: NodeProto | None
@@ -36,6 +38,9 @@ class Probe:
     own_bias: np.ndarray | None = None
     addition: Addition | None = None
     folded: FoldedLayer = field(default_factory=lambda: FoldedLayer())
+    correction: Correction | None = None
+    outputs: list[np.ndarray] = field(default_factory=list)
+    beyond: float | None = None
     misfold: float | None = None
     missum: float | None = None
     tokens: int = 0

@@ -11,6 +11,7 @@ from nmonnx.evaluation.metrics import relative
 from nmonnx.reference import center_of
 from nmonnx.sites import Site
 from nmonnx.validate.probe import Probe
+from nmonnx.validate.unfolded import beyond_unfolded, is_measured
 
 ROWS = 64
 """Rows of an activation that are multiplied with the weight; bounds time."""
@@ -38,6 +39,8 @@ def multiply(probe: Probe, site: Site | None) -> None:
     original, weight = weight, probe.folded.weight(weight)
     if not probe.folded.bias and (np.any(probe.options.get("shift", 0)) or probe.own_bias is not None):
         probe.misfold = _misfold(probe, site.alpha * weight)
+    if probe.correction is not None and is_measured(probe, site):
+        probe.beyond = beyond_unfolded(probe, probe.correction, original, ROWS)
     if probe.center:
         probe.missum = _missum(probe, site.alpha * weight)
     x = np.concatenate(probe.before)[:ROWS].astype(np.float32)

@@ -13,6 +13,7 @@ from nmonnx.evaluation.metrics import relative
 from nmonnx.feeds import Feed
 from nmonnx.pattern import Pattern, Share
 from nmonnx.pruning.emulated import OPS
+from nmonnx.records.corrections import Corrections
 from nmonnx.sites import Site
 from nmonnx.validate.pair import Pair
 from nmonnx.validate.probe import Probe, probe_of
@@ -24,11 +25,15 @@ _AT_ONCE = 128
 
 
 def measure_sites(
-    pair: Pair, sites: Sequence[Site], feeds: Sequence[Feed], threads: int
+    pair: Pair, sites: Sequence[Site], feeds: Sequence[Feed], threads: int, fit: Corrections | None = None
 ) -> tuple[list[SiteRecord], list[Check]]:
     """A record for every claimed layer, and checks that each op computes what the reference does on the activation
-    that it saw. `sites` are those of the original, for their weights. Raises RunError when a model does not run."""
+    that it saw; and that every layer corrected by `fit` does what the formula says, not folded. `sites` are those of
+    the original, for their weights. Raises RunError when a model does not run."""
     probes = [probe_of(pair, claim) for claim in pair.claims.sites]
+    for probe in probes:
+        if fit is not None and probe.claim.name in pair.claims.fitted:
+            probe.correction = fit.sites.get(probe.claim.name)
     tapped = [p for p in probes if p.node is not None]
     if tapped and feeds:
         _run(pair, tapped, feeds, threads)
@@ -66,6 +71,8 @@ def _see(probe: Probe, before: Mapping[str, np.ndarray], after: Mapping[str, np.
     if claim.kernel in OPS:
         probe.chosen.append(_sample(kept))
     probe.dense.append(_sample(_dense_of(probe, len(x))))
+    if probe.correction is not None:
+        probe.outputs.append(_sample(before[claim.output].reshape(-1, claim.n)))
     _see_outputs(probe, before[claim.output], after[claim.output])
     _see_op(probe, after)
 
@@ -85,10 +92,11 @@ def _see_op(probe: Probe, after: Mapping[str, np.ndarray]) -> None:
     got = want if probe.fused else after[probe.node.output[0]].reshape(-1, probe.claim.k)
     probe.elements += got.size
     probe.nonzero += int(np.count_nonzero(got))
-    if probe.fused:
+    if probe.fused or probe.correction is not None:
         y = after[probe.claim.output]
         rows = (x, y.reshape(-1, y.shape[-1]), _dense_of(probe, len(x)))
         probe.after.append((_sample(rows[0]), _sample(rows[1]), _sample(rows[2])))
+    if probe.fused:
         return
     alike = close(got, want) if probe.variance else same(got, want)
     probe.wrong_values += int((~alike).sum())
@@ -126,6 +134,7 @@ def _checks(probes: Sequence[Probe]) -> list[Check]:
     moved = [
         *_fold_check("folded biases make up for the shift", "layers with a shift", {p: p.misfold for p in seen}),
         *_fold_check("row sums make up for the center", "layers with a center", {p: p.missum for p in seen}),
+        *_fold_check("folded layers equal their corrections, unfolded", "layers", {p: p.beyond for p in seen}),
     ]
     return [
         *moved,
