@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nmonnx.digest import file_sha256
 from nmonnx.errors import InputError, UsageError
 from nmonnx.onnx_file.graph import Model, load
+from nmonnx.onnx_file.identity import model_sha256
 from nmonnx.onnx_file.save import save
 from nmonnx.passes import PassResult, pipeline, run
 from nmonnx.pruning.fit_match import check_fit, check_prunes, with_shifts
@@ -160,11 +160,11 @@ def _refuse_nothing(path: Path, found: Found, selection: Selection) -> None:
 
 def refuse_foreign(path: Path, measured: Mapping[str, Stats | Sensitivity | Gradients | Corrections | None]) -> None:
     """Raises UsageError for what was measured on another model than that at `path`."""
-    source = file_sha256(path) if any(m is not None for m in measured.values()) else ""
+    source = model_sha256(path) if any(m is not None for m in measured.values()) else ""
     for what, given in measured.items():
         if given is not None and given.source != source:
             raise UsageError(
-                f"the {what} were measured on a model with SHA-256 {given.source[:12]}..., not on {path}; measure again"
+                f"the {what} were measured on another model than {path}, whose graph or weights differ; measure again"
             )
 
 

@@ -20,6 +20,7 @@ from nmonnx.digest import file_sha256
 from nmonnx.errors import InputError, RunError, UsageError
 from nmonnx.models import build
 from nmonnx.onnx_file.graph import load
+from nmonnx.onnx_file.identity import model_sha256
 from nmonnx.pruning.recipe import Recipe
 from nmonnx.records.stats import Seen, Stats
 from nmonnx.sites import find_sites
@@ -98,7 +99,7 @@ def test_windows_in_pieces_equal_whole_windows_without_nmonnx(llama, monkeypatch
         assert_describes(stats.of(site), x, sinks)
         np.testing.assert_allclose(stats.of(site).sample, x[~sinks], rtol=2e-3, atol=2e-3 * np.abs(x).max())
     assert told == [(WINDOW * i, WINDOW * 5) for i in range(1, 6)]
-    assert stats.source == file_sha256(llama)
+    assert stats.source == model_sha256(llama) != file_sha256(llama)
     assert stats.protocol == f"5 windows of {WINDOW} tokens, empty cache, no BOS, first token of each left out"
     assert not stats.unseen
 
@@ -298,3 +299,32 @@ def test_the_command_reads_a_text(shared, tmp_path):
     stats = Stats.load(tmp_path / "s.npz")
     assert stats.protocol.startswith("train.txt: ")
     assert {site.name for site in find_sites(load(path)).sites} == set(stats.seen)
+
+
+def test_statistics_of_another_training_of_the_same_graph_are_refused(tmp_path):
+    proto = mlp()
+    for name, factor in (("one", 1), ("two", 1.5)):
+        (tmp_path / name).mkdir()
+        for tensor in proto.graph.initializer:
+            values = onnx.numpy_helper.to_array(tensor) * np.float32(factor)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+        path = tmp_path / name / "model.onnx"
+        onnx.save_model(proto, path, save_as_external_data=True, location="model.onnx.data", size_threshold=0)
+        proto = onnx.load(path)
+    one, two = (tmp_path / name / "model.onnx" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    stats = calibrate(one, feeds=[{"x": np.ones((1, 4, 32), np.float32)}], threads=1)
+    recipe = Recipe(mitigations=("s-pts",))
+    assert convert(one, None, recipe, stats=stats).records
+    with pytest.raises(UsageError, match="another model"):
+        convert(two, None, recipe, stats=stats)
+
+
+def test_statistics_that_no_activation_has_are_refused(llama, tmp_path):
+    calibrate(llama, TOKENS[:WINDOW], window=WINDOW, threads=1).save(tmp_path / "right.npz")
+    with np.load(tmp_path / "right.npz") as file:
+        arrays = dict(file)
+    for name, wrong in (("0.total", np.nan), ("0.square", -1.0), ("0.abs_max", np.inf)):
+        np.savez(tmp_path / "wrong.npz", **{**arrays, name: np.full_like(arrays[name], wrong)})
+        with pytest.raises(InputError, match="damaged"):
+            Stats.load(tmp_path / "wrong.npz")

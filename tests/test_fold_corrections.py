@@ -18,11 +18,11 @@ from test_treatment import stats_of
 
 from nmonnx.convert import Conversion, convert
 from nmonnx.diff import diff, to_text
-from nmonnx.digest import file_sha256
 from nmonnx.errors import InputError, UsageError
 from nmonnx.feeds import Feed
 from nmonnx.library import make_session
 from nmonnx.onnx_file.graph import load
+from nmonnx.onnx_file.identity import model_sha256
 from nmonnx.passes import fold_corrections
 from nmonnx.pattern import Pattern
 from nmonnx.pruning.recipe import Recipe
@@ -40,7 +40,7 @@ CASES += [("Gemm transB", {part}, np.float32) for part in sorted(EVERY)]
 
 def fitted(source: Path, recipe: Recipe, correction: Correction, names: list[str] | None = None) -> Corrections:
     names = names or [find_sites(load(source)).sites[0].name]
-    fit = Corrections(dict.fromkeys(names, correction), file_sha256(source), recipe.to_json(), "by hand")
+    fit = Corrections(dict.fromkeys(names, correction), model_sha256(source), recipe.to_json(), "by hand")
     return Corrections.load(fit.save(source.with_suffix(".npz")))
 
 
@@ -275,7 +275,7 @@ def test_layers_behind_one_quantiser_have_one_shift(tmp_path):
     first, second = (site.name for site in find_sites(load(source)).sites)
     for other, count in ((9, 0), (2, 2)):
         sites = {first: random_correction({"shift"}), second: random_correction({"shift"}, seed=other)}
-        fit = Corrections(sites, file_sha256(source), PRUNED.to_json(), "")
+        fit = Corrections(sites, model_sha256(source), PRUNED.to_json(), "")
         done = convert(source, tmp_path / "sparse.onnx", PRUNED, True, fit=fit)
         assert result(done).changed == count
         assert failed(source, done.out, X.astype(np.float32)) == []
@@ -365,7 +365,7 @@ def test_of_several_layers_each_gets_its_own_shift(tmp_path):
     source = write(proto, tmp_path / "model.onnx")
     first, second = (site.name for site in find_sites(load(source)).sites)
     sites = {first: random_correction({"shift"}), second: random_correction({"shift"}, seed=9)}
-    fit = Corrections(sites, file_sha256(source), FUSED.to_json(), "")
+    fit = Corrections(sites, model_sha256(source), FUSED.to_json(), "")
     done = convert(source, tmp_path / "sparse.onnx", FUSED, fit=fit)
     assert failed(source, done.out, X.astype(np.float32)) == []
     treatments = done.plan.treatments
@@ -421,7 +421,7 @@ def test_another_recipe_is_refused(tmp_path, change):
 def test_another_model_is_refused(tmp_path):
     source = write(layer("MatMul")[0], tmp_path / "model.onnx")
     fit = fitted(source, FUSED, random_correction({"bias"}))
-    with pytest.raises(UsageError, match="SHA-256"):
+    with pytest.raises(UsageError, match="another model"):
         convert(write(layer("Gemm")[0], tmp_path / "other.onnx"), None, FUSED, fit=fit)
 
 

@@ -11,9 +11,9 @@ import pytest
 from corrected_models import random_correction
 
 from nmonnx.convert import convert
-from nmonnx.digest import file_sha256
 from nmonnx.library import make_session
 from nmonnx.onnx_file.graph import load
+from nmonnx.onnx_file.identity import model_sha256
 from nmonnx.pattern import Pattern
 from nmonnx.pruning.recipe import Recipe
 from nmonnx.records.corrections import Corrections
@@ -56,7 +56,7 @@ def test_other_outputs_are_bit_equal(shared: Path, tmp_path: Path, name: str, pa
     plain = make_session(convert(source, tmp_path / "plain.onnx", recipe).out).run(None, feed)
     for index, site in enumerate(find_sites(load(source)).sites):
         correction = random_correction(set(parts.split()), k=site.k, n=site.n)
-        fit = Corrections({site.name: correction}, file_sha256(source), recipe.to_json(), "by hand")
+        fit = Corrections({site.name: correction}, model_sha256(source), recipe.to_json(), "by hand")
         done = convert(source, tmp_path / f"{index}.onnx", recipe, fit=fit)
         fold = next(p for p in done.passes if p.name == "fold-corrections")
         moved = behind(proto, site.output) if fold.changed or "shift" in parts else set()

@@ -10,6 +10,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from site_models import matrix, parse, saved
 
 from nmonnx.errors import UsageError
+from nmonnx.pruning.presets import PRESETS
 from nmonnx.sites import Found, Selection, block_selectors, converted_with, find_sites, select
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -173,3 +174,14 @@ def test_blocks_are_left_dense_by_number_from_either_end(found: Found) -> None:
     for block in (3, -4):
         with pytest.raises(UsageError, match="3 blocks"):
             block_selectors(found, (block,))
+
+
+def test_a_preset_leaves_what_is_there_of_several_roles(found: Found, tmp_path: Path) -> None:
+    (exclude,) = PRESETS["paper-qwen"]["exclude"]
+    assert chosen(select(found, exclude=(exclude,))) == every("o gate up down")
+    text = "g (float[T, 8] x) => (float y) { y = MatMul(x, attn_qkv_proj) }"
+    packed = find_sites(parse(tmp_path, text, {"attn_qkv_proj": matrix(8, 24)}))
+    assert [site.role for site in packed.sites] == ["qkv"]
+    assert select(packed, exclude=(exclude,)).chosen == ()
+    with pytest.raises(UsageError, match="'k' matches no linear layer; k lies in 'qkv'; roles here"):
+        select(packed, include=("k",))

@@ -11,11 +11,11 @@ import pytest
 from small_models import mlp, model, weights, write
 
 from nmonnx.convert import Conversion, convert
-from nmonnx.digest import file_sha256
 from nmonnx.errors import UsageError
 from nmonnx.feeds import Feed
 from nmonnx.library import make_session
 from nmonnx.onnx_file.graph import load
+from nmonnx.onnx_file.identity import model_sha256
 from nmonnx.passes.behind import product_with
 from nmonnx.pattern import Pattern
 from nmonnx.pruning.recipe import Recipe
@@ -57,7 +57,7 @@ def stats_of(path: Path, seed: int = 0) -> Stats:
         rms = np.sqrt(np.square(x).mean(axis=0))
         return Seen(64, x.mean(axis=0), rms, np.abs(x).max(axis=0), float(np.median(x)), x.astype(np.float16))
 
-    return Stats({site.name: seen(site.k) for site in find_sites(load(path)).sites}, file_sha256(path), "random")
+    return Stats({site.name: seen(site.k) for site in find_sites(load(path)).sites}, model_sha256(path), "random")
 
 
 def branches() -> onnx.ModelProto:
@@ -272,7 +272,7 @@ def test_what_the_recipe_needs_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="needs --stats"):
         convert(source, None, replace(BASE, order="deal"))
     foreign = replace(stats_of(source), source="0" * 64)
-    with pytest.raises(UsageError, match="measured on a model with SHA-256 000000000000"):
+    with pytest.raises(UsageError, match="measured on another model than"):
         convert(source, None, replace(BASE, order="deal"), stats=foreign)
 
 

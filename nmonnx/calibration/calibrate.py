@@ -16,10 +16,10 @@ import numpy as np
 from nmonnx.calibration.calls import Call, calls_of
 from nmonnx.calibration.taps import Tapped
 from nmonnx.convert import refuse_converted
-from nmonnx.digest import file_sha256
 from nmonnx.errors import InputError, RunError, UsageError
 from nmonnx.feeds import Feed
 from nmonnx.onnx_file.graph import Model, load
+from nmonnx.onnx_file.identity import model_sha256
 from nmonnx.records.accumulator import Accumulator
 from nmonnx.records.archive import read_archive, write_archive
 from nmonnx.records.stats import Seen, Stats
@@ -69,7 +69,7 @@ def calibrate(
     tapped = Tapped(path, model.proto, model.tensors, tally.sites, threads)
     text = None if tokens is None else np.asarray(tokens)[:max_tokens]
     calls = calls_of(tapped, text, feeds, window, sum(sites[0].k for sites in tally.sites.values()), first)
-    source = file_sha256(path)
+    source = model_sha256(path)
     settings = [source, model.data_stamps(), calls.digest, calls.protocol, sample, first, list(tally.sites)]
     state = _State(Path(checkpoint) if checkpoint else None, hashlib.sha256(json.dumps(settings).encode()).hexdigest())
     for done in range(state.resume(tally), calls.count):

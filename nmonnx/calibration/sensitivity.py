@@ -14,13 +14,13 @@ from onnx import AttributeProto, ModelProto, NodeProto
 
 import nmonnx
 from nmonnx.convert import rewrite
-from nmonnx.digest import file_sha256
 from nmonnx.errors import ModelError, RunError, UsageError
 from nmonnx.evaluation.metrics import log_softmax
 from nmonnx.evaluation.perplexity import cut_windows
 from nmonnx.feeds.sample import explain
 from nmonnx.inference.decoder import Decoder
 from nmonnx.onnx_file.graph import DOMAIN, Model
+from nmonnx.onnx_file.identity import model_sha256
 from nmonnx.onnx_file.skeleton import open_skeleton, point_at_files
 from nmonnx.onnx_file.weave import weave
 from nmonnx.progress import Step
@@ -62,7 +62,7 @@ def measure(
     decoder = switched.decoder((), threads)
     starts, window = cut_windows(np.asarray(tokens), window, window, windows, decoder)
     rows = np.stack([np.asarray(tokens, np.int64)[s : s + window] for s in starts])
-    source = file_sha256(Path(model_path))
+    source = model_sha256(Path(model_path))
     stored = Checkpoint(Path(checkpoint) if checkpoint else None, _key(model, source, recipe, rows))
     left = [group for group in switched.groups if stored.get(group) is None]
     dense = _Dense(decoder, rows) if left else None

@@ -41,7 +41,7 @@ def _load(path: Path):  # type: ignore[no-untyped-def]
         content = np.load(path, allow_pickle=False)
         return dict(content) if isinstance(content, np.lib.npyio.NpzFile) else content
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-        raise InputError(f"{path} is not a NumPy file without pickled objects: {e}") from e
+        raise InputError(f"{path} is damaged, or no NumPy file without pickled objects") from e
 
 
 def _fit(arrays: dict[str, np.ndarray] | np.ndarray, sig: Signature, path: Path) -> dict[str, np.ndarray]:

@@ -13,7 +13,6 @@ import numpy as np
 from nmonnx.calibration.calls import Call, Calls, calls_of
 from nmonnx.calibration.taps import Tapped
 from nmonnx.convert import refuse_converted, refuse_foreign, selected
-from nmonnx.digest import file_sha256
 from nmonnx.errors import InputError, RunError, UsageError
 from nmonnx.feeds import Feed
 from nmonnx.fitting.closed_form import VARIANCE, fit_layer, judge
@@ -22,6 +21,7 @@ from nmonnx.fitting.learned import Learning, fit_learned
 from nmonnx.fitting.moments import KEPT, Moments, Rows
 from nmonnx.fitting.parts import Parts
 from nmonnx.onnx_file.graph import load
+from nmonnx.onnx_file.identity import model_sha256
 from nmonnx.pruning.mitigations import CLOSED_FORM, LEARNED
 from nmonnx.pruning.recipe import Recipe
 from nmonnx.pruning.treatment import Plan, plan, prunes_of
@@ -93,7 +93,7 @@ def fit(
     refuse_converted(model, "fit on")
     found = find_sites(model)
     chosen = selected(found, recipe).chosen
-    source = file_sha256(path)
+    source = model_sha256(path)
     refuse_foreign(path, measured)  # type: ignore[arg-type]
     planned = plan(recipe, found, chosen, **measured)  # type: ignore[arg-type]
     if set(recipe.fitted) & set(LEARNED):

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nmonnx.digest import file_sha256
 from nmonnx.errors import InputError, UsageError
 from nmonnx.feeds import Signature
 from nmonnx.feeds.make import make_feeds
@@ -18,6 +17,7 @@ from nmonnx.inference.decoder import Decoder
 from nmonnx.learn.torch_graph import TorchGraph
 from nmonnx.learn.training import cut_rows, spread
 from nmonnx.onnx_file.graph import load
+from nmonnx.onnx_file.identity import model_sha256
 from nmonnx.progress import Step
 from nmonnx.records.gradients import Gradients, SiteGradient
 from nmonnx.sites import Site, find_sites
@@ -64,7 +64,7 @@ def measure_gradients(
         if pairs
     }
     protocol = f"log-loss of {len(rows)} windows of {window} tokens, {len(places)} tokens of each, empty cache, no BOS"
-    return Gradients(made, file_sha256(path), protocol)
+    return Gradients(made, model_sha256(path), protocol)
 
 
 def _one_window(

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nmonnx.digest import file_sha256
 from nmonnx.learn.by_layers import learn_by_layers
 from nmonnx.learn.end_to_end import learn_end_to_end
 from nmonnx.learn.model import Task, coarse_products
@@ -20,6 +19,7 @@ from nmonnx.learn.settings import LEARNED, Settings, learned_parts, pruned
 from nmonnx.learn.torch_graph import TorchGraph
 from nmonnx.learn.training import Text, read_windows
 from nmonnx.onnx_file.graph import load
+from nmonnx.onnx_file.identity import model_sha256
 from nmonnx.progress import Step
 from nmonnx.pruning.recipe import Recipe
 from nmonnx.pruning.treatment import Plan
@@ -64,7 +64,7 @@ def learn(
     for salt, site in enumerate(chosen):
         given = (start or {}).get(site.name)
         products[site.name] = pruned(plan.treatments[site.name], site.weight(), parts, settings, salt, given)
-    source = file_sha256(Path(model_path))
+    source = model_sha256(Path(model_path))
     key = _key([source, model.data_stamps(), recipe.to_json(), asdict(settings), sorted(names)], text)
     coarse = coarse_products(graph, found.sites) if settings.half else {}
     task = Task(graph, found, chosen, products, text, settings, Path(checkpoint) if checkpoint else None, key, coarse)

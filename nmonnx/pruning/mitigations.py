@@ -32,6 +32,9 @@ def check_together(names: Sequence[str]) -> None:
             f"mitigations {own} and {fixed} exclude each other: a token is moved by a number of its own or by"
             " calibrated ones; give one of them"
         )
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise UsageError(f"mitigation {twice} is given twice; give it once")
     for what, choices in _ONE_OF.items():
         given = [name for name in names if name in choices]
         if len(given) > 1:
@@ -45,4 +48,5 @@ def check_together(names: Sequence[str]) -> None:
     if closed and learned:
         raise UsageError(f"mitigations {closed[0]} and {learned[0]}: one is computed, the other learned; give one kind")
     if set(LOW_RANK) & set(names) and {"least-squares", "bias1", "bias2"} & set(names):
-        raise UsageError(f"mitigation {closed[0]} fits the weight that {closed[1]} splits; give one of them")
+        fits, splits = sorted(closed, key=lambda name: name in LOW_RANK)[:: len(closed) - 1]
+        raise UsageError(f"mitigation {fits} fits the weight that {splits} splits; give one of them")

@@ -10,7 +10,7 @@ _BEST = {"criterion": "sqrt-wina", "share": "separate", "order": "swap", "alloca
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper-all": {},
-    "paper-qwen": {"exclude": ["q", "k", "v", "qkv"]},
+    "paper-qwen": {"exclude": ["q|k|v|qkv"]},
     "paper-best": {"include": ["k", "v", "gate", "down"]},
     "paper-kogd": {"include": ["k", "o", "gate", "down"]},
     "amber": {"criterion": "amber", "include": ["q", "gate", "down"]},

@@ -104,7 +104,8 @@ class Recipe:
             raise UsageError(f"dense_prefix {self.dense_prefix} is {size}; it is a number of tokens")
         unknown = [m for m in self.mitigations if m not in MITIGATIONS]
         if unknown:
-            raise UnknownWord(f"mitigation {unknown[0]!r} is not one of {', '.join(MITIGATIONS)}")
+            also = "it is a criterion; the mitigations are" if unknown[0] in CRITERIA else "it is not one of"
+            raise UnknownWord(f"mitigation {unknown[0]!r}: {also} {', '.join(MITIGATIONS)}")
         check_together(self.mitigations)
         if self.fitted and any(getattr(self, key) != value for key, value in _EVERY_TOKEN.items()):
             raise UsageError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -214,8 +216,10 @@ class _Vectors:
         try:
             with np.load(path, allow_pickle=False) as file:
                 self._vectors = {name: file[name] for name in file.files}
-        except (OSError, ValueError) as e:
-            raise InputError(f"criterion {path} cannot be read as an .npz of vectors: {e}") from e
+        except FileNotFoundError as e:
+            raise InputError(f"criterion {path} does not exist; give an .npz file, or a criterion by its name") from e
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+            raise InputError(f"criterion {path} is no .npz file of vectors, one for each layer by name") from e
         self._path = path
 
     def of(self, group: Sequence[Site]) -> np.ndarray | None:

@@ -100,6 +100,9 @@ class Accumulator:
         new._keys = _hash(new._index)
         if any(a.shape != (new.k,) for a in (new.square, new.abs_max)) or new._sample.shape != (len(new._index), new.k):
             raise ValueError("arrays of different sizes")
+        sums = (new.total, new.square, new.abs_max, np.array(new.median))
+        if not all(np.isfinite(a).all() for a in sums) or min(rows, tokens, *new.square, *new.abs_max) < 0:
+            raise ValueError("sums that no activations have")
         return new
 
     def _take(self, x: np.ndarray, index: np.ndarray) -> None:

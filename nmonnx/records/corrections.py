@@ -54,7 +54,7 @@ class Correction:
 class Corrections:
     """sites     by site name; a site that is not there stays as it is
     refused   sites whose correction was fitted but did not help on held-out tokens, with the figures
-    source    SHA-256 of the model's .onnx file
+    source    `model_sha256` of the model
     recipe    the recipe that they were fitted for, as JSON (`Recipe.to_json`)
     protocol  what was fitted on which text, in words
     """
@@ -87,7 +87,7 @@ class Corrections:
         except FileNotFoundError as e:
             raise InputError(f"{path} does not exist; make it with 'nmonnx fit'") from e
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
-            raise InputError(f"{path} holds no corrections; make them with 'nmonnx fit' ({e})") from e
+            raise InputError(f"{path} holds no corrections, or is damaged; make them with 'nmonnx fit'") from e
 
 
 def brief(reason: str) -> str:

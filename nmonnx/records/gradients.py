@@ -38,7 +38,7 @@ class SiteGradient:
 @dataclass(frozen=True, eq=False)
 class Gradients:
     """sites     by site name
-    source    SHA-256 of the model's .onnx file
+    source    `model_sha256` of the model
     protocol  what was run, in words
     """
 

@@ -36,7 +36,7 @@ class SiteSensitivity:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """source     SHA-256 of the .onnx file
+    """source     `model_sha256` of the model
     pattern    what the activations were pruned to
     protocol   how it was measured, in words
     sites      what each linear layer costs, by its name, in the order of the graph

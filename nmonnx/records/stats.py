@@ -71,7 +71,7 @@ class Seen:
 @dataclass(frozen=True, eq=False)
 class Stats:
     """seen      by site name (`Site.name`); sites that read one activation share one `Seen`
-    source    SHA-256 of the model's .onnx file
+    source    `model_sha256` of the model
     protocol  what was run, in words: text, tokens, window
     unseen    sites that were not seen, with the reason
     """

@@ -26,7 +26,7 @@ def select(
     found: Found, include: tuple[str, ...] = (), exclude: tuple[str, ...] = (), lm_head: bool = False
 ) -> Selection:
     """Apply selectors: a role ("down", "role:down"), "block:0" or "block:0-3", "op:Gemm", "re:REGEX", or a glob
-    on node, site, module or initializer names.
+    on node, site, module or initializer names; "q|k|v" is any of several roles or globs.
 
     1. Without `include` every site is chosen but lm_head, unless `lm_head`.
     2. With `include` those it matches are; lm_head only by a selector that matches nothing else, or `lm_head`.
@@ -62,6 +62,10 @@ def matching(found: Found, selector: str, flag: str) -> list[str]:
     return [site.name for site in found.sites if chosen.matches(site)]
 
 
+_PACKED = {**dict.fromkeys("qkv", "qkv"), "gate": "gate_up", "up": "gate_up"}
+"""Roles that some models have in one layer."""
+
+
 class _Selector:
     """One selector, checked against the model."""
 
@@ -69,9 +73,10 @@ class _Selector:
         self.text = text
         self.matches = _matcher(text, flag)
         linears: list[Site | Skipped] = [*found.sites, *(s for s in found.skipped if s.linear)]
-        roles = {s.role for s in linears if self.matches(s)}
+        here, roles = {s.role for s in linears}, {s.role for s in linears if self.matches(s)}
         if not roles:
-            raise UsageError(f"{flag} {text!r} matches no linear layer; {_what_is_there(linears)}")
+            packed = f"{text} lies in {_PACKED[text]!r}; " if _PACKED.get(text) in here else ""
+            raise UsageError(f"{flag} {text!r} matches no linear layer; {packed}{_what_is_there(linears)}")
         self.names_lm_head = roles == {"lm_head"}
 
 
@@ -95,7 +100,8 @@ def _matcher(text: str, flag: str) -> Callable[[Site | Skipped], bool]:
             raise UsageError(f"{flag} {text!r}: write block:3 or block:0-3")
         first, last = int(blocks[1]), int(blocks[2] or blocks[1])
         return lambda s: s.block is not None and first <= s.block <= last
-    return lambda s: s.role == text or any(t == text or fnmatchcase(t, text) for t in s.texts)
+    names = (text, *text.split("|"))
+    return lambda s: s.role in names or any(t == n or fnmatchcase(t, n) for t in s.texts for n in names)
 
 
 def _what_is_there(linears: list[Site | Skipped]) -> str:
