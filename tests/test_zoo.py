@@ -87,6 +87,8 @@ def outputs(
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
+    # without VNNI, 8-bit products saturate, and how much depends on what ONNX Runtime fuses around a quantiser
+    options.add_session_config_entry("session.x64quantprecision", "1")
     if library:
         register(options)
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
