@@ -28,7 +28,7 @@ demo: install ## convert, validate and run a real 135M-parameter LLM, dense besi
 	$(BIN)/nmonnx demo
 
 test: install ## run the test suite (TORCH=1 adds the comparisons with torch and transformers)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: install ## check style and types
 	$(BIN)/ruff check .
