@@ -17,6 +17,7 @@ from test_cli import nmonnx
 from nmonnx.convert import convert
 from nmonnx.errors import InputError, UsageError
 from nmonnx.evaluation.evaluate import evaluate
+from nmonnx.fitting.fit import Fit, fit
 from nmonnx.inference.text import encode, load_tokenizer
 from nmonnx.models import build
 from nmonnx.pruning.recipe import Recipe
@@ -121,6 +122,22 @@ def test_a_sweep_measures_what_evaluate_measures(folder):
     assert float(row["ppl"]) == score.perplexity.ppl
     assert float(row["difference"]) == score.difference
     assert float(row["difference_error"]) == score.difference_error
+
+
+def test_what_is_fitted_is_fitted_for_each_recipe(folder):
+    grid = ("--mitigations", "none,bias,bias+output-scale", "--patterns", "4:8", "--text", "t.txt", *CUT)
+    run = nmonnx("sweep", "model.onnx", *grid, "-o", "fitted", cwd=folder)
+    assert run.returncode == 0 and "Not run, 4:8 bias: needs --fit-text" in run.stdout
+    run = nmonnx("sweep", "model.onnx", *grid, "--fit-text", "t.txt", "-o", "fitted", cwd=folder)
+    assert run.returncode == 0, run.stderr
+    found = {r["recipe"]: float(r["difference"]) for r in csv.DictReader((folder / "fitted" / "results.csv").open())}
+    assert list(found) == sorted(found, key=found.__getitem__) and len(set(found.values())) == 3
+    recipe = Recipe.from_dict({"pattern": "4:8", "mitigations": ["bias"]}, "test")
+    tokens = encode(load_tokenizer(folder), (folder / "t.txt").read_text())
+    fix = fit(folder / "model.onnx", recipe, folder / "fix.npz", tokens, how=Fit(16, threads=1))
+    convert(folder / "model.onnx", folder / "s.onnx", recipe, overwrite=True, fit=fix)
+    score = evaluate([folder / "model.onnx", folder / "s.onnx"], tokens, 16, max_windows=2, threads=1).models[1].text
+    assert score is not None and found["4:8 bias"] == score.difference
 
 
 def test_the_search_finds_the_cheapest_within_the_budget(folder):

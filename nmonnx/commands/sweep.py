@@ -65,6 +65,10 @@ def command(
     stats: StatsPath = None,
     sensitivity: SensitivityPath = None,
     gradients: GradientsPath = None,
+    fit_text: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="The text to fit on, for mitigations that are fitted. Not that of --text."),
+    ] = None,
     budget_loss: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(min=0, help="Also search the cheapest recipe that loses at most so many nats a token."),
@@ -113,7 +117,7 @@ def command(
         "presets": presets,
     }
     flags = {name: [word.strip() for word in words.split(",")] for name, words in lists.items() if words is not None}
-    files = {"stats": stats, "sensitivity": sensitivity, "gradients": gradients}
+    files = {"stats": stats, "sensitivity": sensitivity, "gradients": gradients, "fit-text": fit_text}
     given = [name for name, path in files.items() if path]
     budget = budget_ppl if budget_ppl is not None else budget_loss
     if budget_ppl is not None and budget_loss is not None:
@@ -126,12 +130,14 @@ def command(
     if not model.is_file():
         raise InputError(f"{model} does not exist or is no file; give the .onnx file")
     workers = Workers(backend, jobs, scheduler)
-    tokens = encode(load_tokenizer(tokenizer, beside=model), read_text(text))
+    words_of = load_tokenizer(tokenizer, beside=model)
+    tokens = encode(words_of, read_text(text))
+    fit_tokens = encode(words_of, read_text(fit_text)) if fit_text else None
     words = Console(stderr=True)
     with sweep_folder(output):
         check_format(report)  # which may lie in that folder
         cut = (window, windows, skip_windows, threads or workers.threads())
-        how = protocol(model, tokens, output, stats, sensitivity, *cut, gradients)
+        how = protocol(model, tokens, output, stats, sensitivity, *cut, gradients, fit_tokens)
         dense = Job(how, None, output.absolute())
         wanted = {label: replace(dense, recipe=recipe) for label, recipe in recipes.items()}
         with (

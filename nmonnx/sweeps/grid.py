@@ -74,8 +74,8 @@ class Grid:
 
     def build(self, given: Sequence[str] = ()) -> tuple[dict[str, Recipe], dict[str, str]]:
         """(recipes by their labels, reasons by the labels of those that cannot be). `given`: which of "stats",
-        "sensitivity" and "gradients" there are. Raises UsageError for an unknown preset, UnknownWord for a criterion,
-        mitigation, order ... that there is not."""
+        "sensitivity", "gradients" and "fit-text" there are. Raises UsageError for an unknown preset, UnknownWord for a
+        criterion, mitigation, order ... that there is not."""
         recipes: dict[str, Recipe] = {}
         impossible: dict[str, str] = {}
         seen: set[str] = set()
@@ -88,27 +88,18 @@ class Grid:
                 impossible[f"{entries.get('pattern', '')} {words}".strip()] = str(e)
                 continue
             label = f"{recipe.pattern} {words}".strip()
-            why = _not_measured(recipe)
-            missing = [f"--{need}" for need in recipe.needs if need not in given]
+            needs = (*recipe.needs, *(("fit-text",) if recipe.fitted else ()))
+            missing = [f"--{need}" for need in needs if need not in given]
             if recipe.to_json() in seen:
                 continue
             seen.add(recipe.to_json())
-            if why:
-                impossible[label] = why
+            if recipe.phase == "decode":
+                impossible[label] = "perplexity is measured in calls of many tokens, which phase decode leaves dense"
             elif missing:
                 impossible[label] = f"needs {' and '.join(missing)}"
             else:
                 recipes[label] = recipe
         return recipes, impossible
-
-
-def _not_measured(recipe: Recipe) -> str:
-    """Why a sweep cannot tell what the recipe costs, "" where it can."""
-    if recipe.fitted:
-        return f"{recipe.fitted[0]} is fitted for one recipe: take nmonnx fit, convert --fit and evaluate"
-    if recipe.phase == "decode":
-        return "perplexity is measured in calls of many tokens, which phase decode leaves dense"
-    return ""
 
 
 def _listed(entries: dict[str, Any]) -> dict[str, Any]:

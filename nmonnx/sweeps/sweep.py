@@ -22,6 +22,8 @@ from nmonnx.convert import convert
 from nmonnx.digest import array_sha256, file_sha256
 from nmonnx.errors import ModelError, NmonnxError, UsageError
 from nmonnx.evaluation.perplexity import perplexity
+from nmonnx.fitting.fit import Fit, fit
+from nmonnx.fitting.learned import Learning
 from nmonnx.inference.decoder import Decoder
 from nmonnx.onnx_file.graph import load
 from nmonnx.parallel import Pool
@@ -39,6 +41,7 @@ class Protocol:
     """What every recipe of a sweep is measured by, in paths: jobs read the files themselves.
 
     tokens      .npy file of the text's token ids [T]
+    fit_tokens  the same of the text that corrections are fitted on
     model, stats, sensitivity, gradients  as `convert` takes them
     window, windows, skip      as `nmonnx.evaluation.perplexity` takes them, stride = window
     threads     ONNX Runtime's, fixed, so that a number does not depend on where it was computed
@@ -47,6 +50,7 @@ class Protocol:
 
     model: Path
     tokens: Path
+    fit_tokens: Path | None
     stats: Path | None
     sensitivity: Path | None
     gradients: Path | None
@@ -120,6 +124,7 @@ def protocol(
     skip: int = 0,
     threads: int = 1,
     gradients: Path | None = None,
+    fit_tokens: np.ndarray | None = None,
 ) -> Protocol:
     """The protocol of a sweep; the tokens are stored in `folder`. Raises InputError when a file cannot be read."""
     measured = {"stats": stats, "sensitivity": sensitivity, "gradients": gradients}
@@ -136,13 +141,22 @@ def protocol(
         "cut": [window, windows, skip],
         **{name: file_sha256(path) if path else "" for name, path in measured.items()},
     }
+    if fit_tokens is not None:
+        content["fit_tokens"] = array_sha256(fit_tokens)
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    place = folder / f"tokens-{content['tokens'][:16]}.npy"
-    if not place.exists():
-        _publish(place, lambda path: np.save(path, tokens))
+    place = _stored(folder, tokens)
+    text = None if fit_tokens is None else _stored(folder, fit_tokens)
     seen, weighed, slopes = (path.absolute() if path else None for path in measured.values())
     cut = (window, windows, skip)
-    return Protocol(model.absolute(), place.absolute(), seen, weighed, slopes, *cut, threads, digest)
+    return Protocol(model.absolute(), place, text, seen, weighed, slopes, *cut, threads, digest)
+
+
+def _stored(folder: Path, tokens: np.ndarray) -> Path:
+    """The file of token ids, for the workers."""
+    place = folder.absolute() / f"tokens-{array_sha256(tokens)[:16]}.npy"
+    if not place.exists():
+        _publish(place, lambda path: np.save(path, tokens))
+    return place
 
 
 def run_jobs(
@@ -204,12 +218,19 @@ def _measure(job: Job) -> Measured:
     given, recipe = job.protocol, job.recipe
     if recipe is None:
         return _score(given, given.model, "", (1.0, 1.0))
-    stats = Stats.load(given.stats) if given.stats and "stats" in recipe.needs else None
-    weighed = Sensitivity.load(given.sensitivity) if given.sensitivity and "sensitivity" in recipe.needs else None
-    slopes = Gradients.load(given.gradients) if given.gradients and "gradients" in recipe.needs else None
+    files: dict[str, tuple[Any, Path | None]] = {
+        "stats": (Stats, given.stats),
+        "sensitivity": (Sensitivity, given.sensitivity),
+        "gradients": (Gradients, given.gradients),
+    }
+    measured: dict[str, Any] = {n: kind.load(path) for n, (kind, path) in files.items() if path and n in recipe.needs}
     with TemporaryDirectory(prefix=job.place.stem, dir=job.folder / "work") as folder:
-        out = Path(folder) / "model.onnx"
-        done = convert(given.model, out, recipe, stats=stats, sensitivity=weighed, gradients=slopes)
+        out, fitted = Path(folder) / "model.onnx", None
+        if recipe.fitted and given.fit_tokens:
+            how, learning = Fit(given.window, threads=given.threads), Learning(window=min(given.window, 512))
+            text = np.load(given.fit_tokens)
+            fitted = fit(given.model, recipe, Path(folder) / "fit.npz", text, how=how, learning=learning, **measured)
+        done = convert(given.model, out, recipe, fit=fitted, **measured)
         return _score(given, out, recipe.to_json(), kept_shares(done.records))
 
 
