@@ -101,10 +101,18 @@ def command(
     tell(calibration(out, stats, sites), None, quiet)
 
 
+FEW = 256
+"""Tokens below which statistics are told to be poor."""
+
+
 def calibration(out: Path, stats: Stats, sites: tuple[Site, ...]) -> Report:
     """What was seen, by role."""
     groups = Counter((s.role, s.k, stats.seen[s.name].tokens) for s in sites if s.name in stats.seen)
     rows = [(role, count, k, tokens) for (role, k, tokens), count in groups.items()]
     words = [f"{len(stats.seen)} of {len(sites)} layers seen; {stats.protocol}."]
     words += tally("Not seen: ", Counter(stats.unseen.values()))
+    scarce = Counter(
+        f"{s.tokens} tokens, too few to tell much; give more" for s in stats.seen.values() if s.tokens < FEW
+    )
+    words += tally("Little seen: ", scarce)
     return Report(str(out), tuple(words), (table("Layers seen", ("role", "layers", "K", "tokens"), rows),))
