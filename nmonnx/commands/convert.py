@@ -23,19 +23,25 @@ from nmonnx.commands.options import (
     read_measured,
     tell,
 )
+from nmonnx.commands.recipe_options import (
+    Allocate,
+    Config,
+    Criterion,
+    LmHead,
+    Order,
+    PatternFlag,
+    Preset,
+    Share,
+    asked,
+    made_of,
+)
 from nmonnx.errors import UsageError
-from nmonnx.pruning.presets import PRESETS, preset_named
 from nmonnx.report import check_format
 
 
 def command(
     model: ModelPath,
-    pattern: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--pattern", "-p", help="N:M, keep N of every M input channels; or a share kept, 50%. [default: 8:16]"
-        ),
-    ] = None,
+    pattern: PatternFlag = None,
     output: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--output", "-o", help="The file to write. [default: MODEL-8x16.onnx beside the model]"),
@@ -46,15 +52,8 @@ def command(
         Optional[str],  # noqa: UP045
         typer.Option(help="Blocks to leave dense, such as first,last or 0,1,-1."),
     ] = None,
-    lm_head: Annotated[bool, typer.Option("--lm-head", help="Prune the input of lm_head too.")] = False,
-    criterion: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            help="What makes a channel worth keeping: act, wina, sqrt-wina, amber, amber-code, var-weight,"
-            " clact-static, pcs, grad, random, clact, anti, or the path of an .npz with a vector for"
-            " each layer. [default: act]"
-        ),
-    ] = None,
+    lm_head: LmHead = False,
+    criterion: Criterion = None,
     scope: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="How a share is kept: by token, by call, or by a calibrated threshold. [default: token]"),
@@ -63,17 +62,8 @@ def command(
         Optional[str],  # noqa: UP045
         typer.Option(help="activations; weights: prune these by magnitude instead, a baseline. [default: activations]"),
     ] = None,
-    share: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="joint: layers on one activation share a prune; separate: one each. [default: joint]"),
-    ] = None,
-    order: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            help="deal: deal the channels over the groups by calibrated rms; swap: then part those wanted together;"
-            " none. [default: none]"
-        ),
-    ] = None,
+    share: Share = None,
+    order: Order = None,
     mitigation: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
@@ -81,17 +71,8 @@ def command(
             " -scalar-mean, -scalar-mode): by calibrated values, folded into biases; var. Repeatable."
         ),
     ] = None,
-    allocate: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            help="A kept N for each layer, same bytes: forward (by --sensitivity), fisher (by --gradients); or uniform."
-            " [default: uniform]"
-        ),
-    ] = None,
-    preset: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help=f"A named recipe: {', '.join(PRESETS)}; other flags win over it."),
-    ] = None,
+    allocate: Allocate = None,
+    preset: Preset = None,
     stats: StatsPath = None,
     sensitivity: SensitivityPath = None,
     gradients: GradientsPath = None,
@@ -117,10 +98,7 @@ def command(
         Optional[str],  # noqa: UP045
         typer.Option(help="function (runs without the library too, slower) or none. [default: function]"),
     ] = None,
-    config: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--config", "-c", help="A recipe in YAML or JSON; flags win over it."),
-    ] = None,
+    config: Config = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide and report, write nothing.")] = False,
     overwrite: Overwrite = False,
     report: ReportPath = None,
@@ -133,7 +111,6 @@ def command(
     """
     from nmonnx.convert import convert
     from nmonnx.pruning.fit_match import recipe_of
-    from nmonnx.pruning.recipe import Recipe
     from nmonnx.records.corrections import Corrections
 
     check_format(report)
@@ -155,12 +132,11 @@ def command(
         "kernel": kernel,
         "fallback": fallback,
     }
-    given = {key: value for key, value in flags.items() if value is not None and value != []}
-    flags = {**preset_named(preset), **given} if preset else given
+    entries = asked(flags, preset)
     found = Corrections.load(fit) if fit else None
     if found and not config and not preset:
-        flags = {**recipe_of(found), **flags}
-    recipe = Recipe.read(config, flags) if config else Recipe.from_dict(flags, "convert")
+        entries = {**recipe_of(found), **entries}
+    recipe = made_of(entries, config, "convert")
     if output is None:
         output = beside(model, f"-{str(recipe.pattern).replace(':', 'x').replace('%', 'pct')}.onnx")
     if output.suffix != ".onnx":

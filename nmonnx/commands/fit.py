@@ -29,8 +29,19 @@ from nmonnx.commands.options import (
     refuse_output,
     tell,
 )
+from nmonnx.commands.recipe_options import (
+    Allocate,
+    Config,
+    Criterion,
+    LmHead,
+    Order,
+    PatternFlag,
+    Preset,
+    Share,
+    asked,
+    made_of,
+)
 from nmonnx.errors import UsageError
-from nmonnx.pruning.presets import PRESETS, preset_named
 from nmonnx.report import Report, check_format, table, tally
 
 if TYPE_CHECKING:
@@ -49,14 +60,8 @@ def command(
         Optional[Path],  # noqa: UP045
         typer.Option("--output", "-o", help="The file to write. [default: MODEL-fit.npz beside the model]"),
     ] = None,
-    config: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--config", "-c", help="A recipe in YAML or JSON; flags win over it."),
-    ] = None,
-    preset: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help=f"A named recipe: {', '.join(PRESETS)}; other flags win over it."),
-    ] = None,
+    config: Config = None,
+    preset: Preset = None,
     mitigation: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
@@ -64,15 +69,12 @@ def command(
             " ls, r-sparse-learned, distil. Repeatable."
         ),
     ] = None,
-    pattern: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--pattern", "-p", help="N:M, keep N of every M input channels. [default: 8:16]"),
-    ] = None,
-    criterion: Annotated[Optional[str], typer.Option(help="As for convert.")] = None,  # noqa: UP045
-    share: Annotated[Optional[str], typer.Option(help="As for convert.")] = None,  # noqa: UP045
-    order: Annotated[Optional[str], typer.Option(help="As for convert.")] = None,  # noqa: UP045
-    allocate: Annotated[Optional[str], typer.Option(help="As for convert.")] = None,  # noqa: UP045
-    lm_head: Annotated[bool, typer.Option("--lm-head", help="Prune the input of lm_head too.")] = False,
+    pattern: PatternFlag = None,
+    criterion: Criterion = None,
+    share: Share = None,
+    order: Order = None,
+    allocate: Allocate = None,
+    lm_head: LmHead = False,
     include: Include = None,
     exclude: Exclude = None,
     stats: StatsPath = None,
@@ -129,7 +131,6 @@ def command(
     from nmonnx.inference.text import encode, load_tokenizer, read_text
     from nmonnx.progress import progress_bar
     from nmonnx.pruning.mitigations import LEARNED
-    from nmonnx.pruning.recipe import Recipe
 
     check_format(report)
     if (text is None) == (not feeds):
@@ -146,14 +147,12 @@ def command(
         "mitigations": mitigation,
         "rank": rank,
     }
-    given = {key: value for key, value in flags.items() if value is not None and value != []}
-    flags = {**preset_named(preset), **given} if preset else given
-    recipe = Recipe.read(config, flags) if config else Recipe.from_dict(flags, "fit")
+    recipe = made_of(asked(flags, preset), config, "fit")
     out = output or beside(model, "-fit.npz")
     refuse_output(out, ".npz", overwrite, [*(feeds or []), *filter(None, (stats, sensitivity, gradients))])
-    asked = {"--regime": regime, "--windows": windows, "--epochs": epochs, "--lr": lr}
+    learning_flags = {"--regime": regime, "--windows": windows, "--epochs": epochs, "--lr": lr}
     if not set(recipe.fitted) & set(LEARNED):
-        for flag, value in asked.items():
+        for flag, value in learning_flags.items():
             if value is not None:
                 raise UsageError(f"{flag} is for mitigations that are learned: {', '.join(LEARNED)}")
     how = Fit(window or 1024, max_tokens, ridge, 0.2 if hold_out is None else hold_out, memory << 20, threads)
