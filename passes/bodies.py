@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nmonnx.onnx_file.graph import DOMAIN
+from nmonnx.pruning.emulated import OPS
 from nmonnx.reference import Center
 
 OLDEST_OPSET = 9
@@ -19,6 +20,7 @@ CRITERION = ("scale", "shift", "order")
 """Optional inputs of both ops, in their order."""
 
 INPUTS = {"NMPrune": ("x", *CRITERION, "dense"), "NMMatMul": ("x", "W", "bias", *CRITERION, "row_sum", "dense")}
+INPUTS |= {name: (*op.inputs, "shift") for name, op in OPS.items()}
 """Inputs of each op, by position."""
 
 CENTER_VALUES: Mapping[Center | None, int] = {None: 0, "mean": 1, "median": 2}
@@ -78,9 +80,9 @@ def prune_function(body: Body) -> str:
     """`NMPrune` in ONNX text."""
     lines = _prune(body, "selection" if body.variance else "y")
     if body.variance:
-        lines += [*_ratio(), "nu = " + _per_token("nu_rows", body), *_corrected("selection", "y", body, [])]
+        lines += [*ratio(), "nu = " + per_token("nu_rows", body.opset), *corrected("selection", "y", True, [])]
     if body.ends == 2:
-        lines += ["center_x = CastLike(center_rows, x)", "center = " + _per_token("center_x", body)]
+        lines += ["center_x = CastLike(center_rows, x)", "center = " + per_token("center_x", body.opset)]
     last = ["dense"] if body.dense else []
     return _function(
         "NMPrune", ["x", *_criterion_inputs(body, body.dense), *last], lines, body, ["y", "center"][: body.ends]
@@ -97,13 +99,13 @@ def matmul_function(body: Body) -> str:
     lines.append(f"{'product' if body.bias or body.choices else 'y'} = MatMul(pruned, {weight})")
     added = []
     if body.variance:
-        lines += [*_ratio(), "nu = " + _per_token("nu_rows", body)]
+        lines += [*ratio(), "nu = " + per_token("nu_rows", body.opset)]
     if body.center:
-        lines += ["eta_rows = Cast <to = 11> (center_rows)", "eta = " + _per_token("eta_rows", body)]
+        lines += ["eta_rows = Cast <to = 11> (center_rows)", "eta = " + per_token("eta_rows", body.opset)]
         lines += ["row_sums = Cast <to = 11> (row_sum)", "centered = Mul(eta, row_sums)"]
         added.append("centered")
     if body.choices:
-        lines += _corrected("product", "corrected" if body.bias else "y", body, added)
+        lines += corrected("product", "corrected" if body.bias else "y", body.variance, added)
     if body.bias:
         lines.append(f"y = Add({'corrected' if body.choices else 'product'}, bias)")
     every = body.center or body.dense
@@ -138,8 +140,8 @@ def _prune(body: Body, y: str) -> list[str]:
         "channels = Gather <axis = 0> (shape, last)",
         "row_shape = Concat <axis = 0> (rest, channels)",
         "rows = Reshape(x, row_shape)",
-        *_shifted("shift" in body.criterion, body.center),
-        *(_token_shape() if body.choices else []),
+        *shifted("shift" in body.criterion, body.center),
+        *(token_shape() if body.choices else []),
         *_scored("scale" in body.criterion),
         # a zero of x's own type, whatever x holds
         "sign = Sign(rows)",
@@ -170,7 +172,8 @@ def _option(name: str, value: int, named: bool) -> list[str]:
     return [f"{name}_n = Constant <value = int64[1] {{{value}}}> ()"]
 
 
-def _shifted(shift: bool, center: bool) -> list[str]:
+def shifted(shift: bool, center: bool) -> list[str]:
+    """`wide`, `rows` without shift and center in float32, and `rows_x`, the same in the type of x."""
     if center:
         start = ["single = Cast <to = 1> (rows)", "shifted = Sub(single, shift)", "before = Cast <to = 11> (shifted)"]
         if not shift:  # in double, so that an x in double loses nothing
@@ -224,13 +227,14 @@ def _center() -> list[str]:
     ]
 
 
-def _token_shape() -> list[str]:
+def token_shape() -> list[str]:
+    """That of `per_token`."""
     return ["leading = Slice(shape, nought, last, nought)", "token_shape = Concat <axis = 0> (leading, one)"]
 
 
-def _per_token(rows: str, body: Body) -> str:
+def per_token(rows: str, opset: int) -> str:
     """One value for each row, for multiplication with a tensor of as many axes as x."""
-    zero_ok = "<allowzero = 1> " if body.opset >= ALLOW_ZERO_OPSET else ""
+    zero_ok = "<allowzero = 1> " if opset >= ALLOW_ZERO_OPSET else ""
     return f"Reshape {zero_ok}({rows}, token_shape)"
 
 
@@ -341,7 +345,7 @@ def _whole_rows(pruned: str) -> list[str]:
     ]
 
 
-def _ratio() -> list[str]:
+def ratio() -> list[str]:
     """`nu_rows`, the ratio of each row; 1 where @variance is 0."""
     return [
         "asked_0 = Constant <value_int: int = @variance> ()",
@@ -376,10 +380,10 @@ def _squared_deviation(name: str, rows: str) -> list[str]:
     ]
 
 
-def _corrected(name: str, y: str, body: Body, added: list[str]) -> list[str]:
-    """Times nu, plus what is `added`, in double and rounded once."""
+def corrected(name: str, y: str, variance: bool, added: list[str]) -> list[str]:
+    """Times nu where `variance`, plus what is `added`, in double and rounded once."""
     lines, at = [f"{name}_exact = Cast <to = 11> ({name})"], f"{name}_exact"
-    if body.variance:
+    if variance:
         lines.append(f"{name}_nu = Mul({at}, nu)")
         at = f"{name}_nu"
     for other in added:

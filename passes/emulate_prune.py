@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 
 from nmonnx.errors import UsageError
 from nmonnx.onnx_file.graph import DOMAIN, Model
+from nmonnx.passes.bodies import CENTER_VALUES
 from nmonnx.passes.emit_functions import claims_sizes
 from nmonnx.passes.emulated_bodies import OLDEST_OPSET, emulated_function
 from nmonnx.passes.result import PassResult
@@ -54,22 +55,31 @@ class EmulatePrune:
             self._insert(model, names, constants, group)
         if groups:
             model.shapeless.update(site.activation.name for site in sites if claims_sizes(site))
-            model.functions.append(onnx.parser.parse_function(emulated_function(self.op, model.opset)))
+            model.functions.append(onnx.parser.parse_function(emulated_function(self.op, model.opset, *self._extras)))
         return PassResult(self.name, len(groups), left)
+
+    @property
+    def _extras(self) -> tuple[bool, bool, bool]:
+        """Whether any layer has a shift, a variance or a center to correct: then each has that input or attribute."""
+        some = list(self.treatments.values())
+        return any(t.shift is not None for t in some), any(t.variance for t in some), any(t.center for t in some)
 
     def _insert(self, model: Model, names: Names, constants: Constants, sites: list[Site]) -> None:
         site, activation, treatment = sites[0], sites[0].activation, self.treatments[sites[0].name]
         pruned = gs.Variable(names.fresh_tensor(f"{activation.name}/pruned"))
-        given = {"scale": np.ones(1, np.float32), **treatment.constants()}
-        options = [
-            constants.declare(site.scope, f"{site.name}/{slot}", slot, given[slot]) for slot in OPS[self.op].inputs[1:]
-        ]
+        shift, variance, center = self._extras
+        given = {"scale": np.ones(1, np.float32), "shift": np.zeros(1, np.float32), **treatment.constants()}
+        slots = [*OPS[self.op].inputs[1:], *(["shift"] if shift else [])]
+        options = [constants.declare(site.scope, f"{site.name}/{slot}", slot, given[slot]) for slot in slots]
+        asked = {"keep": treatment.pattern.n, "group": treatment.pattern.m}
+        asked |= {"variance": int(treatment.variance)} if variance else {}
+        asked |= {"center": CENTER_VALUES[treatment.center]} if center else {}
         node = gs.Node(
             self.op,
             names.fresh_node(f"{activation.name}/{self.op}"),
-            {"keep": treatment.pattern.n, "group": treatment.pattern.m},
+            asked,
             [activation, *options],
-            [pruned],
+            [pruned, *([gs.Variable(names.fresh_tensor(f"{activation.name}/center"))] if center else [])],
             domain=DOMAIN,
         )
         site.splice_graph.nodes.append(node)

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from nmonnx.onnx_file.graph import DOMAIN
+from nmonnx.passes.bodies import corrected, per_token, ratio, shifted, token_shape
 from nmonnx.pruning.emulated import OPS, Emulated
 
 OLDEST_OPSET = 15
 """CastLike."""
 
 
-def emulated_function(op: str, opset: int) -> str:
-    """The function of an op of `OPS`, for a model of that operator set."""
+def emulated_function(op: str, opset: int, shift: bool = False, variance: bool = False, center: bool = False) -> str:
+    """The function of an op of `OPS`, for a model of that operator set: with the input `shift`, with the attribute
+    `variance`, and with the attribute `center`, then also with the center of each token as its second output."""
     rule = OPS[op]
     ranked = {"group": _groups, "token": _tokens, "call": _call, "threshold": _threshold}
-    lines = [*_rows(), *_scores(rule), *ranked[rule.scope](), "y = Reshape <allowzero = 1> (rows_y, shape)"]
-    head = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{op} <keep, group> ({", ".join(rule.inputs)}) => (y)'
+    lines = [*_rows(), *shifted(shift, center), *_scores(rule), *ranked[rule.scope]()]
+    lines.append(f"{'selection' if variance else 'y'} = Reshape <allowzero = 1> (rows_y, shape)")
+    if variance or center:
+        lines += token_shape()
+    if variance:
+        lines += [*ratio(), "nu = " + per_token("nu_rows", opset), *corrected("selection", "y", True, [])]
+    if center:
+        lines += ["center_x = CastLike(center_rows, x)", "center = " + per_token("center_x", opset)]
+    options = ["keep", "group", *(["variance"] if variance else []), *(["center"] if center else [])]
+    inputs, ends = [*rule.inputs, *(["shift"] if shift else [])], ["y", *(["center"] if center else [])]
+    head = (
+        f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
+        f"{op} <{', '.join(options)}> ({', '.join(inputs)}) => ({', '.join(ends)})"
+    )
     return head + "\n{\n" + "\n".join(f"  {line}" for line in lines) + "\n}"
 
 
@@ -65,7 +79,6 @@ def _scores(rule: Emulated) -> list[str]:
         "exact = Where(alone, size_d, clact)",
     ]
     return [
-        "wide = Cast <to = 1> (rows)",
         "size = Abs(wide)",
         *(scale if rule.score == "scale" else ["weighted = Identity(size)"]),
         "size_d = Cast <to = 11> (weighted)",
@@ -90,7 +103,7 @@ def _groups() -> list[str]:
         "pad_score = Expand(pad, pad_shape)",
         "pad_x = Expand(zero, pad_shape)",
         "wide_score = Concat <axis = 1> (score, pad_score)",
-        "wide_x = Concat <axis = 1> (rows, pad_x)",
+        "wide_x = Concat <axis = 1> (rows_x, pad_x)",
         "group_shape = Concat <axis = 0> (rest, group_n)",
         "ranked = Reshape(wide_score, group_shape)",
         "values = Reshape(wide_x, group_shape)",
@@ -105,7 +118,7 @@ def _groups() -> list[str]:
 def _tokens() -> list[str]:
     return [
         "ranked = Identity(score)",
-        "values = Identity(rows)",
+        "values = Identity(rows_x)",
         "share = Mul(channels, keep_n)",
         "count = Div(share, group_n)",
         *_kept(),
@@ -119,7 +132,7 @@ def _call() -> list[str]:
         "elements = Mul(tokens, channels)",
         "flat_shape = Concat <axis = 0> (one, elements)",
         "flat_score = Reshape <allowzero = 1> (score, flat_shape)",
-        "flat_x = Reshape <allowzero = 1> (rows, flat_shape)",
+        "flat_x = Reshape <allowzero = 1> (rows_x, flat_shape)",
         "corner = Concat <axis = 0> (one, one)",
         "pad_score = Expand(pad, corner)",
         "pad_x = Expand(zero, corner)",
@@ -137,7 +150,7 @@ def _threshold() -> list[str]:
     return [
         "bound = Cast <to = 11> (threshold)",
         "kept = Greater(score, bound)",
-        "rows_y = Where(kept, rows, zero)",
+        "rows_y = Where(kept, rows_x, zero)",
     ]
 
 

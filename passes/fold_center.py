@@ -16,6 +16,7 @@ from nmonnx.passes.behind import Edit, add_behind, end_of, product_with, settle
 from nmonnx.passes.bodies import INPUTS
 from nmonnx.passes.result import PassResult
 from nmonnx.passes.surgery import Constants, Names, function_of
+from nmonnx.pruning.emulated import OPS
 from nmonnx.sites import Site
 
 
@@ -36,7 +37,7 @@ class FoldCenter:
         paths = {id(graph): path for path, graph in model.scopes()}
 
         def plan(site: Site, node: gs.Node) -> Edit | str:
-            if node.op == "NMPrune":
+            if node.op != "NMMatMul":
                 end = _end_of(site, paths[id(site.splice_graph)])
                 if isinstance(end, str):
                     return end
@@ -77,4 +78,7 @@ def _end_of(site: Site, splice_path: str) -> gs.Node | str:
 
 
 def _drop(node: gs.Node) -> None:
-    del node.attrs["center"]
+    if node.op in OPS:  # whose function takes it for granted
+        node.attrs["center"] = 0
+    else:
+        del node.attrs["center"]

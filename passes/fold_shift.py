@@ -10,12 +10,14 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import helper, numpy_helper
 
+from nmonnx.digest import array_sha256
 from nmonnx.errors import InputError
 from nmonnx.onnx_file.graph import Model
 from nmonnx.passes.behind import Edit, add_behind, end_of, product_with, settle
 from nmonnx.passes.bodies import INPUTS
 from nmonnx.passes.result import PassResult
 from nmonnx.passes.surgery import Constants, Names, brought_by, nodes_of_sites, remove_dead
+from nmonnx.pruning.emulated import OPS
 from nmonnx.sites import Site
 
 
@@ -105,6 +107,14 @@ class FoldShift:
 def _drop(model: Model, node: gs.Node) -> None:
     place = INPUTS[node.op].index("shift")
     shift = node.inputs[place]
+    if node.op in OPS:  # whose function takes it for granted
+        none = np.zeros_like(shift_of(model, node))
+        model.declared[shift.name]["sha256"] = array_sha256(none)
+        if shift.name in model.constants:
+            model.constants[shift.name] = none
+        else:
+            shift.inputs[0].attrs["value"] = numpy_helper.from_array(none)
+        return
     node.inputs[place] = gs.Variable.empty()
     while not node.inputs[-1].name:
         node.inputs.pop()

@@ -22,6 +22,7 @@ from nmonnx.pattern import Pattern, Share
 from nmonnx.pruning.emulated import OPS, select, threshold_of
 from nmonnx.pruning.presets import PRESETS
 from nmonnx.pruning.recipe import Recipe
+from nmonnx.reference import center_of
 from nmonnx.validate import validate
 
 RECIPES = {
@@ -33,6 +34,12 @@ RECIPES = {
     "clact": {"pattern": "4:8", "criterion": "clact"},
     "clact share": {"pattern": "50%", "criterion": "clact"},
     "clact call": {"pattern": "50%", "criterion": "clact", "scope": "call"},
+    "share var": {"pattern": "50%", "mitigations": ["var"]},
+    "share s-pts var": {"pattern": "50%", "mitigations": ["s-pts", "var"]},
+    "call d-pts": {"pattern": "50%", "scope": "call", "mitigations": ["d-pts"]},
+    "teal s-pts": {**PRESETS["teal"], "mitigations": ["s-pts-scalar"]},
+    "clact d-pts var": {"pattern": "4:8", "criterion": "clact", "mitigations": ["d-pts-mean", "var"]},
+    "clact s-pts": {"pattern": "4:8", "criterion": "clact", "mitigations": ["s-pts-median"]},
     "anti": {"pattern": "5:16", "criterion": "anti"},
     "anti call": {"pattern": "12.5%", "criterion": "anti", "scope": "call"},
 }
@@ -46,7 +53,7 @@ def run(op: str, opset: int, keep: int, group: int, **arrays: np.ndarray) -> np.
     graph = helper.make_graph([node], "g", inputs, [helper.make_tensor_value_info("y", elem["x"], None)])
     model = helper.make_model(
         graph,
-        functions=[onnx.parser.parse_function(emulated_function(op, opset))],
+        functions=[onnx.parser.parse_function(emulated_function(op, opset, "shift" in arrays))],
         opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid("ai.nmonnx", 1)],
         ir_version=8,
     )
@@ -65,14 +72,17 @@ def test_the_function_and_the_reference_agree_on_ties_nan_and_any_size(op: str, 
     opset = data.draw(st.sampled_from([15, 17, 20]))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     nasty = np.array([np.nan, np.inf, -np.inf, 0, -0.0, 1, 1, -1, 2, -3], dtype)
-    x = rng.choice(nasty, (2, tokens, channels)) if data.draw(st.booleans()) else weights(2, tokens, channels)
+    shifted, is_nasty = data.draw(st.booleans()), data.draw(st.booleans())
+    # with a shift only numbers whose differences float32 holds exactly
+    x = rng.choice(nasty, (2, tokens, channels)) if shifted or is_nasty else weights(2, tokens, channels)
     given_ = {
         "x": x.astype(dtype),
         "scale": rng.choice(np.array([0, 0.5, 1], np.float32), channels),
         "threshold": np.array([0.6], np.float32),
     }
     arrays = {name: given_[name] for name in OPS[op].inputs}
-    want = select(op, arrays["x"], keep, group, arrays.get("scale"), arrays.get("threshold"))
+    arrays |= {"shift": rng.integers(-2, 3, channels).astype(np.float32)} if shifted else {}
+    want = select(op, arrays["x"], keep, group, arrays.get("scale"), arrays.get("threshold"), arrays.get("shift"))
     got = run(op, opset, keep, group, **arrays)
     assert got.dtype == want.dtype and got.shape == want.shape
     np.testing.assert_array_equal(got, want)
@@ -135,7 +145,11 @@ def test_a_converted_model_computes_what_the_reference_does_and_validates(tmp_pa
         treatment = done.plan.treatments[site.name]
         n, m = treatment.pattern.n, treatment.pattern.m
         y = np.maximum(y, 0) if weight is down else y
-        y = select(recipe.emulated, y, n, m, treatment.scale, treatment.threshold) @ weight
+        shift, center = treatment.shift, treatment.center
+        taken = np.zeros(1) if shift is None else shift
+        taken = taken + center_of(y, center, shift) if center else taken
+        given_ = (treatment.scale, treatment.threshold, shift, treatment.variance, center)
+        y = (select(recipe.emulated, y, n, m, *given_) + taken) @ weight
     for library in (True, False):
         got = make_session(tmp_path / "sparse.onnx", library=library).run(None, {"x": x})[0]
         np.testing.assert_allclose(got, y, rtol=1e-4, atol=1e-4)
@@ -182,7 +196,7 @@ def test_layers_that_share_weights_and_inputs_keep_the_rest_of_the_model(tmp_pat
         ({"pattern": "5.00001%"}, "four decimals"),
         ({"pattern": "8:16", "scope": "call"}, "write 50%"),
         ({"pattern": "50%", "criterion": "anti", "scope": "threshold"}, "no threshold"),
-        ({"pattern": "50%", "mitigations": ["var"]}, "no mitigations"),
+        ({"pattern": "50%", "mitigations": ["bias"]}, "nothing that is fitted"),
         ({"pattern": "50%", "kernel": "fused"}, "kernel fused"),
         ({"pattern": "50%", "order": "deal"}, "order"),
         ({"pattern": "50%", "allocate": "forward"}, "no allocation"),

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nmonnx.reference import Center, prune, variance_ratio
+
 SCOPES = ("token", "call", "threshold")
 DYNAMIC = ("clact", "anti")
 """Criteria that are no constant factor of the score."""
@@ -63,21 +65,29 @@ def select(
     group: int,
     scale: np.ndarray | None = None,
     threshold: np.ndarray | None = None,
+    shift: np.ndarray | None = None,
+    variance: bool = False,
+    center: Center | None = None,
 ) -> np.ndarray:
-    """What an op of `OPS` makes of all tokens of a call: `x` [..., K] with +0 where a channel is dropped.
+    """What an op of `OPS` makes of all tokens of a call: x - shift - center [..., K] with +0 where a channel is
+    dropped, with `variance` times `variance_ratio`, as `nmonnx.reference.prune` does.
 
     NaN ranks above Inf and always stays where a rank decides; of equal scores the first in its group, token or call
     stays; a channel with scale 0 scores 0. Scores are float32, those of CLACT float64.
     """
     rule = OPS[op]
-    rows = x.reshape(-1, x.shape[-1])
+    rows = prune(x, 1, 1, shift=shift, center=center).reshape(-1, x.shape[-1])
     score = _score(rule, rows, scale)
     if rule.scope == "threshold":
         assert threshold is not None
         mask = score > threshold.astype(np.float64)
     else:
         mask = _ranked(rule.scope, score, keep, group)
-    return np.where(mask, rows, np.zeros((), x.dtype)).reshape(x.shape)
+    kept = np.where(mask, rows, np.zeros((), x.dtype))
+    if variance:
+        with np.errstate(over="ignore", invalid="ignore"):
+            kept = (kept.astype(np.float64) * variance_ratio(rows, kept)).astype(x.dtype)
+    return kept.reshape(x.shape)
 
 
 def threshold_of(sample: np.ndarray, scale: np.ndarray | None, keep: int, group: int) -> np.ndarray:

@@ -143,8 +143,8 @@ class Recipe:
     def _refuse_without_kernel(self) -> None:
         """Refuse what the ops of stock operators do not do. Raises UsageError."""
         what = f"pattern {self.pattern} with criterion {self.criterion} has no kernel, it is made of stock operators"
-        if self.mitigations:
-            raise UsageError(f"{what}: no mitigations")
+        if self.fitted:
+            raise UsageError(f"{what}: nothing that is fitted, such as {self.fitted[0]}")
         if self.kernel == "fused":
             raise UsageError(f"{what}: kernel fused cannot be")
         if any(getattr(self, key) != value for key, value in _EVERY_TOKEN.items()):

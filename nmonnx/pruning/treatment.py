@@ -22,7 +22,7 @@ from nmonnx.pruning.expected import fisher, forward
 from nmonnx.pruning.grouping import Lost, deal, lost, swap
 from nmonnx.pruning.recipe import Recipe
 from nmonnx.pruning.shifts import CENTERS, SHIFTS
-from nmonnx.reference import Center, scores
+from nmonnx.reference import Center, prune, scores
 from nmonnx.sites import Found, Site, matching
 
 if TYPE_CHECKING:
@@ -167,7 +167,8 @@ def _calibrated(recipe: Recipe, treatment: Treatment, seen: Seen | None) -> Trea
     if seen is not None and recipe.scope == "threshold":
         if not seen.sample.size:
             raise UsageError("the statistics hold no sample of the activations; calibrate on a longer text")
-        bound = threshold_of(seen.sample, treatment.scale, treatment.pattern.n, treatment.pattern.m)
+        moved = prune(seen.sample.astype(np.float32), 1, 1, shift=treatment.shift, center=_center(recipe))
+        bound = threshold_of(moved, treatment.scale, treatment.pattern.n, treatment.pattern.m)
         treatment = replace(treatment, threshold=bound)
     return treatment
 

@@ -170,12 +170,12 @@ def _to(cast: NodeProto) -> int:
 
 
 def _centers(scopes: Scopes) -> dict[str, list[str]]:
-    """The second output of each centring `NMPrune`, with the sites that the op lists."""
+    """The second output of each prune that centres, with the sites that the op lists."""
     found = {}
     for scope in scopes:
         for node in scope.nodes:
             asks = any(a.name == "center" and a.i for a in node.attribute)
-            if (node.domain, node.op_type) == (DOMAIN, "NMPrune") and asks and len(node.output) > 1:
+            if node.domain == DOMAIN and asks and len(node.output) > 1:
                 text = next((p.value for p in node.metadata_props if p.key == "nmonnx.site"), "[]")
                 found[node.output[1]] = json.loads(text)
     return found

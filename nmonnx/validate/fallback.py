@@ -157,10 +157,13 @@ def _wanted(feed: dict[str, np.ndarray], use: _Use) -> list[np.ndarray]:
     criterion |= {"variance": bool(use.variance), "center": use.about}
     x, dtype = feed["x"], feed["x"].dtype
     if use.op in OPS:
-        return [select(use.op, x, use.keep, use.group, feed.get("scale"), feed.get("threshold"))]
-    if use.op == "NMPrune":
+        criterion = {slot: criterion[slot] for slot in ("scale", "shift", "variance", "center")}
+        made = select(use.op, x, use.keep, use.group, threshold=feed.get("threshold"), **criterion)
+    elif use.op == "NMPrune":
+        made = prune(x, use.keep, use.group, **criterion)
+    if use.op != "NMMatMul":
         center = center_of(x, use.about, feed.get("shift")) if use.about else np.zeros((len(x), 1))
-        return [prune(x, use.keep, use.group, **criterion), center.astype(dtype)]
+        return [made, center.astype(dtype)]
     row_sum = feed.get("row_sum")
     exact = prune_matmul(x, feed["W"], use.keep, use.group, feed.get("bias"), **criterion, row_sum=row_sum)
     return [exact.astype(dtype)]

@@ -10,12 +10,11 @@ from onnx import ModelProto, NodeProto, numpy_helper
 
 from nmonnx.onnx_file.tensors import TensorReader
 from nmonnx.passes.bodies import INPUTS
-from nmonnx.pruning.emulated import OPS
 from nmonnx.validate.additions import Addition, take_off
 from nmonnx.validate.claims import Claim, Claims
 from nmonnx.validate.scopes import Key, Scope, Scopes, Trail
 
-SLOTS = {**INPUTS, **{name: op.inputs for name, op in OPS.items()}}
+SLOTS = INPUTS
 """Inputs of the custom ops and of those made of stock operators."""
 
 

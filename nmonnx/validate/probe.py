@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -91,10 +93,14 @@ class Probe:
     def select(self, x: np.ndarray, variance: bool = False) -> np.ndarray:
         """The kept values of x - shift - center."""
         n, m = self.pattern.n, self.pattern.m
+        slots: tuple[str, ...]
+        choose: Callable[..., np.ndarray]
         if self.claim.kernel in OPS:
-            return select(self.claim.kernel, x, n, m, self.options.get("scale"), self.options.get("threshold"))
-        criterion: dict[str, Any] = {slot: self.options.get(slot) for slot in ("scale", "shift", "order", "dense")}
-        return prune(x, n, m, **criterion, variance=variance, center=self.center)
+            slots, choose = ("scale", "shift", "threshold"), partial(select, self.claim.kernel)
+        else:
+            slots, choose = ("scale", "shift", "order", "dense"), prune
+        criterion: dict[str, Any] = {slot: self.options.get(slot) for slot in slots}
+        return choose(x, n, m, **criterion, variance=variance, center=self.center)
 
     def prune(self, x: np.ndarray) -> np.ndarray:
         """What the op makes of x."""

@@ -69,7 +69,7 @@ def _see(probe: Probe, before: Mapping[str, np.ndarray], after: Mapping[str, np.
     probe.kept += _square(kept)
     probe.before.append(_sample(x))
     if claim.kernel in OPS:
-        probe.chosen.append(_sample(kept))
+        probe.chosen.append(_sample(probe.computes_with(x)))
     probe.dense.append(_sample(_dense_of(probe, len(x))))
     if probe.correction is not None:
         probe.outputs.append(_sample(before[claim.output].reshape(-1, claim.n)))

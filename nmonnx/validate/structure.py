@@ -181,7 +181,7 @@ class _Structure:
                 yield f"op {label(node)!r} moves its activation and nothing makes up for that"
         elif addition is not None and addition.low_of:
             yield "a low rank is added behind it, and no correction of this layer is recorded"
-        elif node.op_type != "NMPrune":
+        elif node.op_type == "NMMatMul":
             if addition is not None:
                 yield "something is added behind it though its op adds it already"
         elif moved and (addition is None or addition.centered != centered):
