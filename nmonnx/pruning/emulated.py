@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nmonnx.reference import Center, prune, variance_ratio
+from nmonnx.reference import Center, prune, scores, variance_ratio
 
 SCOPES = ("token", "call", "threshold")
 DYNAMIC = ("clact", "anti")
@@ -76,8 +76,9 @@ def select(
     stays; a channel with scale 0 scores 0. Scores are float32, those of CLACT float64.
     """
     rule = OPS[op]
-    rows = prune(x, 1, 1, shift=shift, center=center).reshape(-1, x.shape[-1])
-    score = _score(rule, rows, scale)
+    flat = x.reshape(-1, x.shape[-1])
+    rows = prune(flat, 1, 1, shift=shift, center=center)
+    score = _score(rule, scores(flat, None, shift, center), scale)
     if rule.scope == "threshold":
         assert threshold is not None
         mask = score > threshold.astype(np.float64)
@@ -94,19 +95,18 @@ def threshold_of(sample: np.ndarray, scale: np.ndarray | None, keep: int, group:
     """[1] float32: the score that, of `sample` [R, K], a share keep / group lies above: the layer's threshold of TEAL.
     With the norms of the weights as `scale` it is the channel-wise threshold t / ||W_j|| of CHESS (EMNLP 2024)."""
     size = np.abs(sample.astype(np.float32))
-    scores = np.sort((size if scale is None else size * scale).reshape(-1))
-    dropped = scores.size - scores.size * keep // group
-    return scores[dropped - 1 : dropped].astype(np.float32)
+    ranked = np.sort((size if scale is None else size * scale).reshape(-1))
+    dropped = ranked.size - ranked.size * keep // group
+    return ranked[dropped - 1 : dropped].astype(np.float32)
 
 
-def _score(rule: Emulated, rows: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
-    """float64 [T, K], finite; NaN above all."""
+def _score(rule: Emulated, size: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
+    """float64 [T, K], finite; NaN above all. `size` are the magnitudes, float32."""
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        size = np.abs(rows.astype(np.float32))
         if rule.score == "scale" and scale is not None:
             size = np.where(scale == 0, np.float32(0), size * scale.astype(np.float32))
         exact = size.astype(np.float64)
-        if rule.score == "clact" and len(rows) != 1:
+        if rule.score == "clact" and len(size) != 1:
             square = exact * exact
             weighed = exact * np.sqrt(square.sum(axis=0)) / (np.sqrt(square.sum(axis=1, keepdims=True)) + 1e-8)
             exact = np.where(exact == 0, 0.0, weighed)
