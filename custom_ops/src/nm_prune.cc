@@ -132,14 +132,15 @@ void PruneTokens(const Call& call, Pattern pattern, const Kernels& kernels, cons
 }
 
 template <class T>
-void Prune(const Call& call, Pattern pattern, Correction correction, const Kernels& kernels) {
+void Prune(const Call& call, const Attributes& attributes, const Kernels& kernels) {
+  const Pattern pattern = attributes.pattern;
   const Tensor x = call.Input(0);
   if (x.dims.empty()) throw Refusal("NMPrune: x is a scalar; its last axis must be the channels");
   const size_t channels = static_cast<size_t>(x.dims.back());
   Dims one_each = x.dims;
   one_each.back() = 1;
   const size_t tokens = Elements(one_each);
-  const Criterion criterion = ReadCriterion(call, 1, channels, correction);
+  const Criterion criterion = ReadCriterion(call, 1, channels, attributes.correction);
   const DenseTokens dense = ReadDense(call, 4, tokens);
   T* y = static_cast<T*>(call.Output(x.dims));
   T* centers = static_cast<T*>(call.OptionalOutput(1, one_each));
@@ -159,7 +160,7 @@ OpSpec Spec() {
   return {"NMPrune",
           {Type<T>::kOnnx, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
            ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL},
-          1, {Type<T>::kOnnx, Type<T>::kOnnx}, true, false, Prune<T>};
+          1, {Type<T>::kOnnx, Type<T>::kOnnx}, true, 0, Prune<T>};
 }
 
 }  // namespace

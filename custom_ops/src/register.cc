@@ -16,6 +16,7 @@ namespace nmonnx {
 namespace {
 
 constexpr const char* kDomain = "ai.nmonnx";
+constexpr int64_t kMaxCount = int64_t{1} << 40;
 constexpr int64_t kNewestCustomOp = 18;  // the version of OrtCustomOp that ort_abi.h declares
 constexpr int64_t kSafeInference = 24;   // before it, ORT's shape inference crashes on an input with an empty name
 
@@ -32,8 +33,7 @@ struct Op : OrtCustomOp {
 
 struct Kernel {
   const Op& op;
-  const Pattern pattern;
-  const Correction correction;
+  const Attributes attributes;
 };
 
 // What one copy of ORT in the process, and one choice of kernels, needs. Sessions refer to it until the end of
@@ -64,7 +64,7 @@ int64_t ReadAttribute(const Op& op, const OrtKernelInfo* info, const char* name)
   return *value;
 }
 
-// An attribute that says 0 where it is absent.
+// An attribute that says 0 where it is absent, and is at most `highest`.
 int64_t ReadChoice(const Op& op, const OrtKernelInfo* info, const char* name, int64_t highest) {
   const int64_t value = FindAttribute(op, info, name).value_or(0);
   if (value >= 0 && value <= highest) return value;
@@ -84,7 +84,13 @@ OrtStatus* CreateKernel(const OrtCustomOp* self, const OrtApi*, const OrtKernelI
     }
     const Correction correction{ReadChoice(op, info, "variance", 1) == 1,
                                 static_cast<Center>(ReadChoice(op, info, "center", 2))};
-    *kernel = new Kernel{op, {static_cast<int>(keep), static_cast<int>(group)}, correction};
+    const int64_t panel_tokens = ReadChoice(op, info, "panel_tokens", kMaxCount);
+    *kernel = new Kernel{op,
+                         {{static_cast<int>(keep), static_cast<int>(group)},
+                          correction,
+                          ReadChoice(op, info, "bits", 8),
+                          ReadChoice(op, info, "block_size", kMaxCount),
+                          static_cast<size_t>(panel_tokens)}};
   });
 }
 
@@ -92,7 +98,7 @@ OrtStatus* Compute(void* kernel, OrtKernelContext* context) {
   const Kernel& self = *static_cast<const Kernel*>(kernel);
   const Library& library = self.op.library;
   return Guarded(library.api, [&] {
-    self.op.spec.compute(Call(library.api, context), self.pattern, self.correction, library.kernels);
+    self.op.spec.compute(Call(library.api, context), self.attributes, library.kernels);
   });
 }
 
@@ -123,8 +129,8 @@ OrtStatus* InferShape(const OrtCustomOp* self, OrtShapeInferContext* context) {
   return Guarded(api, [&] {
     Shape shape = InputShape(api, context, 0);
     if (shape.dims.empty()) return;
-    if (op.spec.multiplies) {
-      const Shape weight = InputShape(api, context, 1);
+    if (op.spec.columns_of != 0) {
+      const Shape weight = InputShape(api, context, op.spec.columns_of);
       if (weight.dims.size() != 2) return;
       shape.dims.back() = weight.dims[1];
       shape.names.back() = weight.names[1];
@@ -184,7 +190,7 @@ Op::Op(const Library& owner, OpSpec description, OrtVersion ort)
 
 Library::Library(const OrtApi* ort, OrtVersion version, const Kernels& chosen) : api(ort), kernels(chosen) {
   CheckAbi(api);
-  for (const auto& list : {PruneOps(), MatMulOps()}) {
+  for (const auto& list : {PruneOps(), MatMulOps(), MatMulNBitsOps()}) {
     for (const OpSpec& spec : list) ops.emplace_back(*this, spec, version);
   }
   Check(api, api.CreateCustomOpDomain(kDomain, &domain));

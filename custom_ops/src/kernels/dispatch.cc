@@ -37,10 +37,11 @@ bool HasF16c() {
 
 std::vector<Kernels> Available() {
   std::vector<Kernels> tables = {PortableKernels()};
-#define NMONNX_ADD(target, name)                                                        \
-  if (CpuHas##target()) {                                                               \
-    tables.push_back({name, N_##target::PruneTable(), N_##target::MatMulTableF32(),     \
-                      N_##target::MatMulTableF16(), N_##target::MomentTable()});        \
+#define NMONNX_ADD(target, name)                                                                                     \
+  if (CpuHas##target()) {                                                                                            \
+    using namespace N_##target;                                                                                      \
+    tables.push_back({name, PruneTable(), PanelTable(), MatMulTableFloat(), MatMulTableHalf(), MatMulTableInt8(),    \
+                      MatMulTableInt4(), MomentTable()});                                                            \
   }
   NMONNX_TARGETS(NMONNX_ADD)
 #undef NMONNX_ADD

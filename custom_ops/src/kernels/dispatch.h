@@ -60,19 +60,59 @@ struct BlockEntries {
   size_t first_row;
 };
 
-// Kernels that multiply with a row-major W of type T whose rows are `stride` values apart.
+// From `begin` up to `end`.
+struct Span {
+  size_t begin, end;
+
+  size_t size() const { return end - begin; }
+};
+
+// W [K, columns] as ONNX stores it, row by row.
 template <class T>
+struct DenseWeight {
+  const T* data;
+  size_t columns;
+
+  size_t RowBytes() const { return columns * sizeof(T); }
+};
+
+enum class Number { kNone, kInt8, kUint8, kHalf, kFloat };
+
+// W [K, columns] = (q - zero) * scale, where every `block_rows` rows share a row of scales and of zeros.
+//   8 bits: q is a row of int8.
+//   4 bits: the columns are cut into chunks of 32; byte j of a chunk holds column j in its low half and column 16 + j
+//           in its high half. The last chunk is filled up.
+template <int kBits>
+struct BlockWeight {
+  const uint8_t* data;
+  size_t columns;
+  size_t block_rows;
+  const void* scales;  // [blocks, columns] of `scale_type`
+  Number scale_type;
+  const void* zeros;  // the same of `zero_type`; without zeros q stands for q - kNoZero
+  Number zero_type;
+
+  static constexpr float kNoZero = kBits == 4 ? 8.0f : 0.0f;
+  size_t RowBytes() const { return kBits == 4 ? (columns + 31) / 32 * 16 : columns; }
+};
+
+// Kernels that multiply with a W, in the columns [columns.begin, columns.end); begin is a multiple of 64 for
+// add_rows and of 16 for copy_panel.
+template <class W>
 struct MatMulKernels {
-  size_t panel_columns;
-  // y[0..columns) += sum of entry.value * W[entry.row][0..columns). The rows of the `next` entries are fetched
-  // towards the cache meanwhile.
-  void (*add_rows)(const Entry* entries, size_t count, const Entry* next, size_t next_count, const T* w,
-                   size_t stride, size_t columns, float* y);
-  // Copies `rows` x `columns` of W to `panel`, rows `panel_columns` apart, filled up with zeros.
-  void (*copy_panel)(const T* w, size_t stride, size_t rows, size_t columns, float* panel);
-  // For each token t: y[t][0..panel_columns) += sum of value * panel[row - first_row] over its entries. What is
-  // `ahead` is fetched towards the cache meanwhile.
-  void (*add_panel)(const BlockEntries& block, const float* panel, const Ahead& ahead, float* y);
+  // y[n - columns.begin] += sum of entry.value * W[entry.row][n]. The rows of the `next` entries are fetched towards the
+  // cache meanwhile where that helps. The entries are in the order of their rows.
+  void (*add_rows)(const Entry* entries, size_t count, const Entry* next, size_t next_count, const W& w, Span columns,
+                   float* y);
+  // Copies the rows `rows` of W to `panel`, as floats in rows of PanelKernels::columns, filled up with zeros.
+  void (*copy_panel)(const W& w, Span rows, Span columns, float* panel);
+};
+
+struct PanelKernels {
+  size_t columns;
+  // For each token t: y[t][0..columns) += sum of value * panel[row - first_row] over its entries. What is `ahead` is
+  // fetched towards the cache meanwhile.
+  void (*add)(const BlockEntries& block, const float* panel, const Ahead& ahead, float* y);
 };
 
 // Sums over the channels of a token.
@@ -87,17 +127,18 @@ struct MomentKernels {
 struct Kernels {
   const char* target;
   PruneKernels prune;
-  MatMulKernels<float> matmul_f32;
-  MatMulKernels<Half> matmul_f16;
+  PanelKernels panel;
+  MatMulKernels<DenseWeight<float>> matmul_f32;
+  MatMulKernels<DenseWeight<Half>> matmul_f16;
+  MatMulKernels<BlockWeight<8>> matmul_int8;
+  MatMulKernels<BlockWeight<4>> matmul_int4;
   MomentKernels moments;
 };
 
-template <class T>
-const MatMulKernels<T>& MatMulOf(const Kernels& kernels);
-template <>
-inline const MatMulKernels<float>& MatMulOf(const Kernels& kernels) { return kernels.matmul_f32; }
-template <>
-inline const MatMulKernels<Half>& MatMulOf(const Kernels& kernels) { return kernels.matmul_f16; }
+inline const auto& MatMulOf(const Kernels& kernels, const DenseWeight<float>&) { return kernels.matmul_f32; }
+inline const auto& MatMulOf(const Kernels& kernels, const DenseWeight<Half>&) { return kernels.matmul_f16; }
+inline const auto& MatMulOf(const Kernels& kernels, const BlockWeight<8>&) { return kernels.matmul_int8; }
+inline const auto& MatMulOf(const Kernels& kernels, const BlockWeight<4>&) { return kernels.matmul_int4; }
 
 // The tables this CPU can run, slowest first; the first is "scalar", the portable code that defines the meaning.
 const std::vector<Kernels>& AvailableKernels();

@@ -1,4 +1,4 @@
-// Products of the kept channels with the rows of W, the same code for every SIMD target.
+// Products of the kept channels with the rows of a float W, and panels, the same code for every SIMD target.
 
 #include "kernels/portable.h"
 #include "kernels/tables.h"
@@ -7,6 +7,8 @@
 #define HWY_TARGET_INCLUDE "kernels/matmul.cc"
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
+
+#include "kernels/widen-inl.h"
 
 #if HWY_TARGET != HWY_SCALAR && HWY_TARGET != HWY_EMU128
 HWY_BEFORE_NAMESPACE();
@@ -20,7 +22,6 @@ using DF = hn::ScalableTag<float>;
 using VF = hn::Vec<DF>;
 
 constexpr size_t kLanes = hn::MaxLanes(DF());
-constexpr bool kHasHalf = HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_NEON;
 
 // 8 registers of the 32 of AVX-512 and 12 of 16 elsewhere hold a token's columns of a panel.
 constexpr size_t kPanelVectors = kLanes >= 16 ? 8 : 12;
@@ -28,26 +29,11 @@ constexpr size_t kPanelColumns = kPanelVectors * kLanes;
 
 HWY_INLINE VF LoadWide(const float* p) { return hn::LoadU(DF(), p); }
 
-HWY_INLINE VF LoadWide(const Half* p) {
-  const DF d;
-  if constexpr (kHasHalf) {
-    const hn::Rebind<hwy::float16_t, DF> dh;
-    return hn::PromoteTo(d, hn::LoadU(dh, reinterpret_cast<const hwy::float16_t*>(p)));
-  } else {
-    const hn::RebindToSigned<DF> di;
-    const hn::Rebind<uint16_t, DF> dh;
-    const auto half = hn::PromoteTo(di, hn::LoadU(dh, p));
-    const auto magnitude = hn::And(half, hn::Set(di, 0x7fff));
-    const auto sign = hn::ShiftLeft<16>(hn::And(half, hn::Set(di, 0x8000)));
-    const auto scaled = hn::Mul(hn::BitCast(d, hn::ShiftLeft<13>(magnitude)), hn::Set(d, 0x1p112f));
-    const auto special = hn::Gt(magnitude, hn::Set(di, 0x7bff));
-    const auto exponent = hn::IfThenElseZero(special, hn::Set(di, 0x7f800000));
-    return hn::BitCast(d, hn::Or(hn::Or(hn::BitCast(di, scaled), exponent), sign));
-  }
-}
+HWY_INLINE VF LoadWide(const Half* p) { return WidenHalf(p); }
 
 constexpr size_t kLine = 64;
 constexpr size_t kSweepRows = 8;
+constexpr size_t kLongRow = 4096;  // bytes from which on the CPU fetches ahead by itself, and better
 
 // Into the L2 cache: the L1 cache is full of what is being multiplied.
 HWY_INLINE void Fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
@@ -98,10 +84,14 @@ void SweepOnce(const Entry* entries, const Entry* next, size_t next_count, const
 }
 
 template <class T>
-void AddRows(const Entry* entries, size_t count, const Entry* next, size_t next_count, const T* w, size_t stride,
-             size_t columns, float* y) {
+void AddRows(const Entry* entries, size_t count, const Entry* next, size_t next_count, const DenseWeight<T>& weight,
+             Span span, float* y) {
+  const T* w = weight.data + span.begin;
+  const size_t stride = weight.columns, columns = span.size();
+  const bool fetch = columns * sizeof(T) < kLongRow;
+  if (!fetch) next_count = 0;
   for (; count > kSweepRows; count -= kSweepRows, entries += kSweepRows) {
-    Sweep<kSweepRows, true>(entries, entries + kSweepRows, count - kSweepRows, w, stride, columns, y);
+    SweepOnce<kSweepRows>(entries, entries + kSweepRows, fetch ? count - kSweepRows : 0, w, stride, columns, y);
   }
   switch (count) {
     case 8: return SweepOnce<8>(entries, next, next_count, w, stride, columns, y);
@@ -117,12 +107,13 @@ void AddRows(const Entry* entries, size_t count, const Entry* next, size_t next_
 }
 
 template <class T>
-void CopyPanel(const T* w, size_t stride, size_t rows, size_t columns, float* panel) {
+void CopyPanel(const DenseWeight<T>& weight, Span rows, Span columns, float* panel) {
   const DF d;
-  for (size_t r = 0; r < rows; ++r, w += stride, panel += kPanelColumns) {
+  const T* w = weight.data + rows.begin * weight.columns + columns.begin;
+  for (size_t r = 0; r < rows.size(); ++r, w += weight.columns, panel += kPanelColumns) {
     size_t n = 0;
-    for (; n + kLanes <= columns; n += kLanes) hn::StoreU(LoadWide(w + n), d, panel + n);
-    for (; n < columns; ++n) panel[n] = Widen(w[n]);
+    for (; n + kLanes <= columns.size(); n += kLanes) hn::StoreU(LoadWide(w + n), d, panel + n);
+    for (; n < columns.size(); ++n) panel[n] = Widen(w[n]);
     for (; n < kPanelColumns; ++n) panel[n] = 0.0f;
   }
 }
@@ -173,9 +164,11 @@ void AddPanel(const BlockEntries& block, const float* panel, const Ahead& ahead,
 
 }  // namespace
 
-MatMulKernels<float> MatMulTableF32() { return {kPanelColumns, AddRows<float>, CopyPanel<float>, AddPanel}; }
+PanelKernels PanelTable() { return {kPanelColumns, AddPanel}; }
 
-MatMulKernels<Half> MatMulTableF16() { return {kPanelColumns, AddRows<Half>, CopyPanel<Half>, AddPanel}; }
+MatMulKernels<DenseWeight<float>> MatMulTableFloat() { return {AddRows<float>, CopyPanel<float>}; }
+
+MatMulKernels<DenseWeight<Half>> MatMulTableHalf() { return {AddRows<Half>, CopyPanel<Half>}; }
 
 }  // namespace HWY_NAMESPACE
 }  // namespace nmonnx

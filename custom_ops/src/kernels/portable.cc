@@ -30,22 +30,25 @@ void NarrowAll(const float* x, size_t count, Half* y) {
   for (size_t i = 0; i < count; ++i) y[i] = Narrow(x[i]);
 }
 
-template <class T>
-void AddRows(const Entry* entries, size_t count, const Entry*, size_t, const T* w, size_t stride, size_t columns,
-             float* y) {
+template <class W>
+void AddRows(const Entry* entries, size_t count, const Entry*, size_t, const W& w, Span columns, float* y) {
   for (size_t e = 0; e < count; ++e) {
-    const T* row = w + entries[e].row * stride;
-    for (size_t n = 0; n < columns; ++n) y[n] += entries[e].value * Widen(row[n]);
+    for (size_t n = 0; n < columns.size(); ++n) y[n] += entries[e].value * At(w, entries[e].row, columns.begin + n);
   }
 }
 
-template <class T>
-void CopyPanel(const T* w, size_t stride, size_t rows, size_t columns, float* panel) {
-  for (size_t r = 0; r < rows; ++r) {
+template <class W>
+void CopyPanel(const W& w, Span rows, Span columns, float* panel) {
+  for (size_t r = 0; r < rows.size(); ++r) {
     for (size_t n = 0; n < kPanelColumns; ++n) {
-      panel[r * kPanelColumns + n] = n < columns ? Widen(w[r * stride + n]) : 0.0f;
+      panel[r * kPanelColumns + n] = n < columns.size() ? At(w, rows.begin + r, columns.begin + n) : 0.0f;
     }
   }
+}
+
+template <class W>
+MatMulKernels<W> MatMulTable() {
+  return {AddRows<W>, CopyPanel<W>};
 }
 
 void AddPanel(const BlockEntries& block, const float* panel, const Ahead&, float* y) {
@@ -73,8 +76,11 @@ Kernels PortableKernels() {
   return {"scalar",
           {Select<float>, Select<Half>, Select<int32_t>, PortableApply<float>, PortableApply<Half>, WidenAll,
            NarrowAll},
-          {kPanelColumns, AddRows<float>, CopyPanel<float>, AddPanel},
-          {kPanelColumns, AddRows<Half>, CopyPanel<Half>, AddPanel},
+          {kPanelColumns, AddPanel},
+          MatMulTable<DenseWeight<float>>(),
+          MatMulTable<DenseWeight<Half>>(),
+          MatMulTable<BlockWeight<8>>(),
+          MatMulTable<BlockWeight<4>>(),
           {PortableSum<float>, PortableSquares<float>, Median}};
 }
 

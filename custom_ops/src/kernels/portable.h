@@ -58,6 +58,45 @@ inline Half Narrow(float x) {
   return static_cast<Half>(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
 }
 
+inline float ReadNumber(const void* data, Number type, size_t index) {
+  switch (type) {
+    case Number::kInt8: return static_cast<const int8_t*>(data)[index];
+    case Number::kUint8: return static_cast<const uint8_t*>(data)[index];
+    case Number::kHalf: return Widen(static_cast<const Half*>(data)[index]);
+    case Number::kFloat: return static_cast<const float*>(data)[index];
+    case Number::kNone: break;
+  }
+  return 0.0f;
+}
+
+template <int kBits>
+float ScaleAt(const BlockWeight<kBits>& w, size_t row, size_t column) {
+  return ReadNumber(w.scales, w.scale_type, row / w.block_rows * w.columns + column);
+}
+
+template <int kBits>
+float ZeroAt(const BlockWeight<kBits>& w, size_t row, size_t column) {
+  if (w.zero_type == Number::kNone) return w.kNoZero;
+  return ReadNumber(w.zeros, w.zero_type, row / w.block_rows * w.columns + column);
+}
+
+// W[row, column].
+template <class T>
+float At(const DenseWeight<T>& w, size_t row, size_t column) {
+  return Widen(w.data[row * w.columns + column]);
+}
+
+inline float At(const BlockWeight<8>& w, size_t row, size_t column) {
+  const float q = static_cast<int8_t>(w.data[row * w.RowBytes() + column]);
+  return (q - ZeroAt(w, row, column)) * ScaleAt(w, row, column);
+}
+
+inline float At(const BlockWeight<4>& w, size_t row, size_t column) {
+  const uint8_t two = w.data[row * w.RowBytes() + column / 32 * 16 + column % 16];
+  const float q = static_cast<float>(column % 32 < 16 ? two & 15 : two >> 4);
+  return (q - ZeroAt(w, row, column)) * ScaleAt(w, row, column);
+}
+
 inline void SetBit(uint64_t* bits, size_t i) { bits[i / 64] |= uint64_t{1} << (i % 64); }
 inline bool HasBit(const uint64_t* bits, size_t i) { return bits[i / 64] >> (i % 64) & 1; }
 

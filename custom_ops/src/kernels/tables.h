@@ -1,4 +1,4 @@
-// What prune.cc, moments.cc and matmul.cc define once per SIMD target.
+// What prune.cc, moments.cc, matmul.cc and matmul_nbits.cc define once per SIMD target.
 #pragma once
 
 #include "kernels/dispatch.h"
@@ -6,12 +6,15 @@
 
 namespace nmonnx {
 
-#define NMONNX_DECLARE(target, name)     \
-  namespace N_##target {                 \
-  PruneKernels PruneTable();             \
-  MatMulKernels<float> MatMulTableF32(); \
-  MatMulKernels<Half> MatMulTableF16();  \
-  MomentKernels MomentTable();           \
+#define NMONNX_DECLARE(target, name)                       \
+  namespace N_##target {                                   \
+  PruneKernels PruneTable();                               \
+  PanelKernels PanelTable();                               \
+  MatMulKernels<DenseWeight<float>> MatMulTableFloat();    \
+  MatMulKernels<DenseWeight<Half>> MatMulTableHalf();      \
+  MatMulKernels<BlockWeight<8>> MatMulTableInt8();         \
+  MatMulKernels<BlockWeight<4>> MatMulTableInt4();         \
+  MomentKernels MomentTable();                             \
   }
 NMONNX_TARGETS(NMONNX_DECLARE)
 #undef NMONNX_DECLARE

@@ -1,0 +1,202 @@
+#include "product.h"
+
+#include <algorithm>
+#include <new>
+
+namespace nmonnx {
+namespace {
+
+constexpr size_t kTaskBytes = 1 << 17;  // bytes of W a task reads at least
+constexpr size_t kMaxTasks = 8;
+constexpr size_t kManyColumns = 8192;  // from which on tasks split the columns, below that the rows
+constexpr size_t kColumnStep = 64;
+constexpr size_t kStripColumns = 2048;  // what several tokens add in turn: 16 rows of it stay in the L2 cache
+constexpr size_t kPanelRows = 32;
+
+size_t CeilDiv(size_t a, size_t b) { return (a + b - 1) / b; }
+size_t RoundUp(size_t a, size_t b) { return CeilDiv(a, b) * b; }
+
+// The table of `benchmarks/thresholds.py`: from how many tokens on panels are faster, and how many kept rows one sweep of
+// a kernel takes.
+template <class W>
+struct Measured;
+template <class T>
+struct Measured<DenseWeight<T>> {
+  static constexpr size_t kPanelTokens = 12, kSweepRows = 8;
+};
+template <>
+struct Measured<BlockWeight<8>> {
+  static constexpr size_t kPanelTokens = 12, kSweepRows = 8;
+};
+template <>
+struct Measured<BlockWeight<4>> {
+  static constexpr size_t kPanelTokens = 48, kSweepRows = 16;
+};
+
+void Fill(const float* bias, Span columns, float* y) {
+  if (bias) {
+    std::copy(bias + columns.begin, bias + columns.end, y + columns.begin);
+  } else {
+    std::fill(y + columns.begin, y + columns.end, 0.0f);
+  }
+}
+
+// One product by rows: what a task adds is a span of units, times a span of columns. The units of a single token are its
+// entries, those of several are the blocks of rows.
+template <class W>
+class ByRows {
+ public:
+  ByRows(const Call& call, const MatMulKernels<W>& kernels, const KeptLists& lists, const W& w, const float* bias,
+         float* y)
+      : call_(call), kernels_(kernels), lists_(lists), w_(w), bias_(bias), y_(y),
+        units_(lists.tokens() == 1 ? lists.Count(0, 0) : lists.blocks()) {}
+
+  // The split depends on the shape alone, so that a result does not depend on the number of threads.
+  void Run() {
+    const size_t bytes = lists_.channels() * w_.RowBytes() / 2;
+    const size_t tasks = std::clamp<size_t>(bytes / kTaskBytes, 1, kMaxTasks);
+    if (tasks == 1 || w_.columns >= kManyColumns) {
+      SplitColumns(tasks);
+    } else {
+      SplitUnits(tasks);
+    }
+  }
+
+ private:
+  void SplitColumns(size_t tasks) {
+    const size_t step = RoundUp(CeilDiv(w_.columns, tasks), kColumnStep);
+    call_.ParallelFor(CeilDiv(w_.columns, step), [&](size_t task) {
+      const Span columns{task * step, std::min(w_.columns, (task + 1) * step)};
+      for (size_t t = 0; t < lists_.tokens(); ++t) Fill(bias_, columns, y_ + t * w_.columns);
+      Add({0, units_}, columns, y_);
+    });
+  }
+
+  // Every task has sums of its own, which are added up at the end: rows stay whole, which is faster than short
+  // pieces of them.
+  void SplitUnits(size_t tasks) {
+    const size_t step = RoundUp(CeilDiv(units_, tasks), lists_.tokens() == 1 ? Measured<W>::kSweepRows : 1);
+    tasks = CeilDiv(units_, step);
+    const size_t size = lists_.tokens() * w_.columns;
+    const Floats parts = AllocateFloats((tasks - 1) * size);
+    const Span all{0, w_.columns};
+    for (size_t t = 0; t < lists_.tokens(); ++t) Fill(bias_, all, y_ + t * w_.columns);
+    call_.ParallelFor(tasks, [&](size_t task) {
+      float* part = task == 0 ? y_ : parts.get() + (task - 1) * size;
+      if (task != 0) std::fill(part, part + size, 0.0f);
+      Add({task * step, std::min(units_, (task + 1) * step)}, all, part);
+    });
+    for (size_t task = 1; task < tasks; ++task) {
+      const float* part = parts.get() + (task - 1) * size;
+      for (size_t i = 0; i < size; ++i) y_[i] += part[i];
+    }
+  }
+
+  void Add(Span units, Span columns, float* y) {
+    if (lists_.tokens() == 1) {
+      return kernels_.add_rows(lists_.Entries(0, 0) + units.begin, units.size(), nullptr, 0, w_, columns,
+                               y + columns.begin);
+    }
+    for (size_t begin = columns.begin; begin < columns.end; begin += kStripColumns) {
+      AddStrip(units, {begin, std::min(columns.end, begin + kStripColumns)}, y);
+    }
+  }
+
+  // The rows of a block meet every token while they are in the cache.
+  void AddStrip(Span units, Span columns, float* y) {
+    for (size_t b = units.begin; b < units.end; ++b) {
+      const bool last = b + 1 == units.end;
+      for (size_t t = 0; t < lists_.tokens(); ++t) {
+        kernels_.add_rows(lists_.Entries(b, t), lists_.Count(b, t), last ? nullptr : lists_.Entries(b + 1, t),
+                          last ? 0 : lists_.Count(b + 1, t), w_, columns, y + t * w_.columns + columns.begin);
+      }
+    }
+  }
+
+  const Call& call_;
+  const MatMulKernels<W>& kernels_;
+  const KeptLists& lists_;
+  const W& w_;
+  const float* bias_;
+  float* y_;
+  const size_t units_;
+};
+
+// The bytes of row `row` of W that panels read.
+template <class T>
+Ahead Bytes(const DenseWeight<T>& w, Span rows, Span columns) {
+  return {w.data + rows.begin * w.columns + columns.begin, rows.size(), columns.size() * sizeof(T), w.RowBytes()};
+}
+template <int kBits>
+Ahead Bytes(const BlockWeight<kBits>& w, Span rows, Span columns) {
+  constexpr size_t kPerByte = 8 / kBits;
+  return {w.data + rows.begin * w.RowBytes() + columns.begin / kPerByte, rows.size(), columns.size() / kPerByte,
+          w.RowBytes()};
+}
+
+// Some columns of 32 rows of W are copied into the L1 cache, and the sums of a token are in registers.
+template <class W>
+void AddPanels(const Kernels& kernels, const KeptLists& lists, const W& w, Span columns, float* sums) {
+  const auto& copy_panel = MatMulOf(kernels, w).copy_panel;
+  const Floats panel = AllocateFloats(kPanelRows * kernels.panel.columns);
+  const auto rows_of = [&](size_t b) {
+    return Span{b * kPanelRows, std::min(lists.channels(), (b + 1) * kPanelRows)};
+  };
+  for (size_t b = 0; b < lists.blocks(); ++b) {
+    const Ahead ahead = b + 1 < lists.blocks() ? Bytes(w, rows_of(b + 1), columns) : Ahead{};
+    copy_panel(w, rows_of(b), columns, panel.get());
+    kernels.panel.add(lists.Block(b), panel.get(), ahead, sums);
+  }
+}
+
+template <class W>
+void ByPanels(const Call& call, const Kernels& kernels, const KeptLists& lists, const W& w, const float* bias,
+              float* y) {
+  const size_t width = kernels.panel.columns;
+  call.ParallelFor(CeilDiv(w.columns, width), [&](size_t task) {
+    const Span columns{task * width, std::min(w.columns, (task + 1) * width)};
+    const Floats sums = AllocateFloats(lists.tokens() * width);
+    std::fill(sums.get(), sums.get() + lists.tokens() * width, 0.0f);
+    AddPanels(kernels, lists, w, columns, sums.get());
+    for (size_t t = 0; t < lists.tokens(); ++t) {
+      const float* from = sums.get() + t * width;
+      float* to = y + t * w.columns + columns.begin;
+      for (size_t n = 0; n < columns.size(); ++n) to[n] = bias ? from[n] + bias[columns.begin + n] : from[n];
+    }
+  });
+}
+
+}  // namespace
+
+Floats AllocateFloats(size_t count) {
+  const size_t bytes = RoundUp(count * sizeof(float), 64);
+  float* p = static_cast<float*>(std::aligned_alloc(64, std::max<size_t>(64, bytes)));
+  if (!p) throw std::bad_alloc();
+  return Floats(p);
+}
+
+template <class W>
+Plan PlanProduct(const W&, Pattern pattern, size_t tokens, size_t channels, size_t panel_tokens) {
+  if (tokens == 1) return {Method::kRows, std::max<size_t>(1, channels)};
+  if (tokens >= (panel_tokens ? panel_tokens : Measured<W>::kPanelTokens)) return {Method::kPanels, kPanelRows};
+  const size_t groups = CeilDiv(Measured<W>::kSweepRows, static_cast<size_t>(pattern.keep));  // one sweep per token
+  return {Method::kRows, groups * static_cast<size_t>(pattern.group)};
+}
+
+template <class W>
+void Multiply(const Call& call, const Kernels& kernels, const KeptLists& lists, const W& w, Method method,
+              const float* bias, float* y) {
+  if (method == Method::kPanels) return ByPanels(call, kernels, lists, w, bias, y);
+  ByRows<W>(call, MatMulOf(kernels, w), lists, w, bias, y).Run();
+}
+
+#define NMONNX_PRODUCT(W)                                                                                    \
+  template Plan PlanProduct(const W&, Pattern, size_t, size_t, size_t);                                      \
+  template void Multiply(const Call&, const Kernels&, const KeptLists&, const W&, Method, const float*, float*);
+NMONNX_PRODUCT(DenseWeight<float>)
+NMONNX_PRODUCT(DenseWeight<Half>)
+NMONNX_PRODUCT(BlockWeight<8>)
+NMONNX_PRODUCT(BlockWeight<4>)
+#undef NMONNX_PRODUCT
+
+}  // namespace nmonnx
