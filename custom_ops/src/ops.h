@@ -13,6 +13,7 @@ struct Attributes {
   Correction correction;
   int64_t bits;          // of the numbers of W
   int64_t block_size;    // rows of W that share a scale
+  int64_t accuracy_level;  // 4: a product may round x to 8 bits, as that of MatMulNBits does
   size_t panel_tokens;   // from how many tokens on a product uses panels; 0 takes what was measured
 };
 

@@ -6,11 +6,12 @@
 namespace nmonnx {
 namespace {
 
-constexpr size_t kTaskBytes = 1 << 17;  // bytes of W a task reads at least
 constexpr size_t kMaxTasks = 8;
-constexpr size_t kManyColumns = 8192;  // from which on tasks split the columns, below that the rows
+constexpr size_t kTaskBytes = 1 << 17;     // bytes of W a task reads at least
+constexpr size_t kSumsShare = 32;          // and times the bytes of its sums
+constexpr size_t kLongRow = 32768;         // bytes from which on tasks split the columns, below that the rows
 constexpr size_t kColumnStep = 64;
-constexpr size_t kStripColumns = 2048;  // what several tokens add in turn: 16 rows of it stay in the L2 cache
+constexpr size_t kStripBytes = 8192;       // of a row, that several tokens add in turn: some rows of it stay in the L2 cache
 constexpr size_t kPanelRows = 32;
 
 size_t CeilDiv(size_t a, size_t b) { return (a + b - 1) / b; }
@@ -54,8 +55,9 @@ class ByRows {
   // The split depends on the shape alone, so that a result does not depend on the number of threads.
   void Run() {
     const size_t bytes = lists_.channels() * w_.RowBytes() / 2;
-    const size_t tasks = std::clamp<size_t>(bytes / kTaskBytes, 1, kMaxTasks);
-    if (tasks == 1 || w_.columns >= kManyColumns) {
+    const size_t least = std::max(kTaskBytes, kSumsShare * w_.columns * sizeof(float));
+    const size_t tasks = std::clamp<size_t>(bytes / least, 1, kMaxTasks);
+    if (tasks == 1 || w_.RowBytes() >= kLongRow) {
       SplitColumns(tasks);
     } else {
       SplitUnits(tasks);
@@ -94,21 +96,23 @@ class ByRows {
 
   void Add(Span units, Span columns, float* y) {
     if (lists_.tokens() == 1) {
-      return kernels_.add_rows(lists_.Entries(0, 0) + units.begin, units.size(), nullptr, 0, w_, columns,
+      const Entry* entries = lists_.Entries(0, 0);
+      return kernels_.add_rows(entries + units.begin, units.size(), entries + units.end, units_ - units.end, w_, columns,
                                y + columns.begin);
     }
-    for (size_t begin = columns.begin; begin < columns.end; begin += kStripColumns) {
-      AddStrip(units, {begin, std::min(columns.end, begin + kStripColumns)}, y);
+    const size_t strip = RoundUp(w_.columns * kStripBytes / w_.RowBytes(), kColumnStep);
+    for (size_t begin = columns.begin; begin < columns.end; begin += strip) {
+      AddStrip(units, {begin, std::min(columns.end, begin + strip)}, y);
     }
   }
 
-  // The rows of a block meet every token while they are in the cache.
+  // The rows of a block meet every token while they are in the cache; the first two tokens fetch most of the next ones.
   void AddStrip(Span units, Span columns, float* y) {
     for (size_t b = units.begin; b < units.end; ++b) {
-      const bool last = b + 1 == units.end;
       for (size_t t = 0; t < lists_.tokens(); ++t) {
-        kernels_.add_rows(lists_.Entries(b, t), lists_.Count(b, t), last ? nullptr : lists_.Entries(b + 1, t),
-                          last ? 0 : lists_.Count(b + 1, t), w_, columns, y + t * w_.columns + columns.begin);
+        const bool fetch = t < 2 && b + 1 < units.end;
+        kernels_.add_rows(lists_.Entries(b, t), lists_.Count(b, t), fetch ? lists_.Entries(b + 1, t) : nullptr,
+                          fetch ? lists_.Count(b + 1, t) : 0, w_, columns, y + t * w_.columns + columns.begin);
       }
     }
   }

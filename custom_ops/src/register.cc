@@ -90,6 +90,7 @@ OrtStatus* CreateKernel(const OrtCustomOp* self, const OrtApi*, const OrtKernelI
                           correction,
                           ReadChoice(op, info, "bits", 8),
                           ReadChoice(op, info, "block_size", kMaxCount),
+                          ReadChoice(op, info, "accuracy_level", 4),
                           static_cast<size_t>(panel_tokens)}};
   });
 }
