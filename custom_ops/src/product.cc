@@ -27,7 +27,7 @@ struct Measured<DenseWeight<T>> {
 };
 template <>
 struct Measured<BlockWeight<8>> {
-  static constexpr size_t kPanelTokens = 12, kSweepRows = 8;
+  static constexpr size_t kPanelTokens = 20, kSweepRows = 16;
 };
 template <>
 struct Measured<BlockWeight<4>> {

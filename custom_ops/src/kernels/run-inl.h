@@ -1,0 +1,223 @@
+// What a run of up to 16 rows of a block of W adds to a step of columns, once for every SIMD target.
+#if defined(NMONNX_RUN_INL_H) == defined(HWY_TARGET_TOGGLE)
+#ifdef NMONNX_RUN_INL_H
+#undef NMONNX_RUN_INL_H
+#else
+#define NMONNX_RUN_INL_H
+#endif
+
+#include <cstring>
+
+#include <hwy/highway.h>
+
+#include "kernels/portable.h"
+#include "kernels/widen-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace nmonnx {
+namespace HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+constexpr size_t kRunRows = 16;
+
+// The bits of W, and whether the values are whole numbers of 16 bits or of 8.
+template <int kBitsOfW, bool kValuesOf16>
+struct Form {
+  static constexpr int kBits = kBitsOfW;
+  static constexpr bool kLow = kValuesOf16;
+};
+
+// Rows in pairs; an odd one is paired with itself, with the value 0.
+struct Run {
+  const uint8_t* rows[kRunRows];
+  int16_t whole[kRunRows];               // value = step * whole
+  int8_t high[kRunRows], low[kRunRows];  // whole = 256 high + low, or high where it has 8 bits
+  float step;
+  float sum;                      // of the values
+  int16_t start_high, start_low;  // where the sums of 4 bits start without zeros: q stands for q - 8
+  size_t pairs;
+};
+
+// Scales of some columns of a block as they lie in W, and zeros, which may be nullptr.
+template <class S>
+struct Scales {
+  const S* scales;
+  const float* zeros;
+};
+
+using D4 = hn::CappedTag<float, 8>;
+using DI4 = hn::RebindToSigned<D4>;
+using V4 = hn::Vec<D4>;
+
+HWY_INLINE V4 LoadScale(const float* p) { return hn::LoadU(D4(), p); }
+HWY_INLINE V4 LoadScale(const Half* p) {
+#if HWY_TARGET == HWY_AVX3
+  return hn::PromoteTo(D4(), hn::LoadU(hn::Rebind<hwy::float16_t, D4>(), reinterpret_cast<const hwy::float16_t*>(p)));
+#else
+  return WidenHalf(p);
+#endif
+}
+
+// y += scale * (step * whole - sum * zero) of one vector of columns; without zeros, `whole` contains theirs.
+template <bool kZeros, class S>
+HWY_INLINE void Flush(hn::Vec<DI4> whole, const Run& run, const Scales<S>& block, size_t n, float* y) {
+  const D4 d;
+  V4 sums = hn::Mul(hn::Set(d, run.step), hn::ConvertTo(d, whole));
+  if constexpr (kZeros) sums = hn::NegMulAdd(hn::Set(d, run.sum), hn::LoadU(d, block.zeros + n), sums);
+  hn::StoreU(hn::MulAdd(sums, LoadScale(block.scales + n), hn::LoadU(d, y + n)), d, y + n);
+}
+
+#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3
+
+// The columns of a step: 32 bytes of a row.
+template <class F>
+constexpr size_t kStep = 256 / F::kBits;
+
+template <bool kZeros, bool kLow, class S>
+HWY_INLINE void FlushTwo(__m256i high, __m256i low, const Run& run, const Scales<S>& block, size_t n, float* y) {
+  if constexpr (!kLow) {
+    const __m256i one = _mm256_cvtepi16_epi32(_mm256_castsi256_si128(high));
+    const __m256i other = _mm256_cvtepi16_epi32(_mm256_extracti128_si256(high, 1));
+    Flush<kZeros>(hn::Vec<DI4>{one}, run, block, n, y);
+    return Flush<kZeros>(hn::Vec<DI4>{other}, run, block, n + 32, y);
+  }
+  const __m256i both = _mm256_set1_epi32(1 << 16 | 256);
+  const __m256i first = _mm256_madd_epi16(_mm256_unpacklo_epi16(high, low), both);
+  const __m256i second = _mm256_madd_epi16(_mm256_unpackhi_epi16(high, low), both);
+  Flush<kZeros>(hn::Vec<DI4>{_mm256_permute2x128_si256(first, second, 0x20)}, run, block, n, y);
+  Flush<kZeros>(hn::Vec<DI4>{_mm256_permute2x128_si256(first, second, 0x31)}, run, block, n + 32, y);
+}
+
+// The `bytes` at p, everywhere.
+HWY_INLINE __m256i Everywhere16(const void* p) {
+  int16_t value;
+  std::memcpy(&value, p, sizeof(value));
+  return _mm256_set1_epi16(value);
+}
+HWY_INLINE __m256i Everywhere32(const void* p) {
+  int32_t value;
+  std::memcpy(&value, p, sizeof(value));
+  return _mm256_set1_epi32(value);
+}
+
+// The compiler must not hold products back: there are no registers for them.
+template <bool kLow>
+HWY_INLINE void AddPair(__m256i q, __m256i by_high, __m256i by_low, __m256i& high, __m256i& low) {
+  high = _mm256_add_epi16(high, _mm256_maddubs_epi16(q, by_high));
+  asm volatile("" : "+x"(high));
+  if constexpr (!kLow) return;
+  low = _mm256_add_epi16(low, _mm256_maddubs_epi16(q, by_low));
+  asm volatile("" : "+x"(low));
+}
+
+template <class F, bool kZeros, class S, std::enable_if_t<F::kBits == 4, int> = 0>
+HWY_INLINE void AddStep(const Run& run, size_t offset, const Scales<S>& block, size_t n, float* y) {
+  constexpr bool kLow = F::kLow;
+  const __m256i mask = _mm256_set1_epi8(15);
+  __m256i high[4], low[4];
+  for (int i = 0; i < 4; ++i) {
+    high[i] = _mm256_set1_epi16(kZeros ? int16_t{0} : run.start_high);
+    low[i] = _mm256_set1_epi16(kZeros ? int16_t{0} : run.start_low);
+  }
+  for (size_t p = 0; p < run.pairs; ++p) {
+    const __m256i by_high = Everywhere16(run.high + 2 * p), by_low = Everywhere16(run.low + 2 * p);
+    const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(run.rows[2 * p] + offset));
+    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(run.rows[2 * p + 1] + offset));
+    const __m256i first = _mm256_unpacklo_epi8(a, b), second = _mm256_unpackhi_epi8(a, b);
+    AddPair<kLow>(_mm256_and_si256(first, mask), by_high, by_low, high[0], low[0]);
+    AddPair<kLow>(_mm256_and_si256(second, mask), by_high, by_low, high[1], low[1]);
+    AddPair<kLow>(_mm256_and_si256(_mm256_srli_epi16(first, 4), mask), by_high, by_low, high[2], low[2]);
+    AddPair<kLow>(_mm256_and_si256(_mm256_srli_epi16(second, 4), mask), by_high, by_low, high[3], low[3]);
+  }
+  for (size_t i = 0; i < 4; ++i) FlushTwo<kZeros, kLow>(high[i], low[i], run, block, n + 8 * i, y);
+}
+
+template <class F, bool kZeros, class S, std::enable_if_t<F::kBits == 8, int> = 0>
+HWY_INLINE void AddStep(const Run& run, size_t offset, const Scales<S>& block, size_t n, float* y) {
+  __m256i sums[4];
+  for (int i = 0; i < 4; ++i) sums[i] = _mm256_setzero_si256();
+  for (size_t p = 0; p < run.pairs; ++p) {
+    const __m256i by = Everywhere32(run.whole + 2 * p);
+    for (size_t i = 0; i < 2; ++i) {
+      const auto load = [&](size_t r) {
+        const auto* at = reinterpret_cast<const __m128i*>(run.rows[r] + offset + 16 * i);
+        return _mm256_cvtepi8_epi16(_mm_loadu_si128(at));
+      };
+      const __m256i a = load(2 * p), b = load(2 * p + 1);
+      sums[2 * i] = _mm256_add_epi32(sums[2 * i], _mm256_madd_epi16(_mm256_unpacklo_epi16(a, b), by));
+      sums[2 * i + 1] = _mm256_add_epi32(sums[2 * i + 1], _mm256_madd_epi16(_mm256_unpackhi_epi16(a, b), by));
+    }
+  }
+  for (size_t i = 0; i < 2; ++i) {
+    const __m256i first = _mm256_permute2x128_si256(sums[2 * i], sums[2 * i + 1], 0x20);
+    const __m256i second = _mm256_permute2x128_si256(sums[2 * i], sums[2 * i + 1], 0x31);
+    Flush<kZeros>(hn::Vec<DI4>{first}, run, block, n + 16 * i, y);
+    Flush<kZeros>(hn::Vec<DI4>{second}, run, block, n + 16 * i + 8, y);
+  }
+}
+
+#else
+
+// The columns of a step: 16 bytes of a row.
+template <class F>
+constexpr size_t kStep = 128 / F::kBits;
+
+template <class F, bool kZeros, class S, std::enable_if_t<F::kBits == 4, int> = 0>
+HWY_INLINE void AddStep(const Run& run, size_t offset, const Scales<S>& block, size_t n, float* y) {
+  constexpr bool kLow = F::kLow;
+  const hn::Full128<uint8_t> d8;
+  const hn::Half<decltype(d8)> d8_half;
+  const hn::Full128<int16_t> d16;
+  const hn::Half<decltype(d16)> d16_half;
+  const hn::Full128<int32_t> d32;
+  hn::Vec<decltype(d16)> high[4], low[4];
+  for (int i = 0; i < 4; ++i) {
+    high[i] = kZeros ? hn::Zero(d16) : hn::Set(d16, run.start_high);
+    low[i] = kZeros ? hn::Zero(d16) : hn::Set(d16, run.start_low);
+  }
+  for (size_t r = 0; r < 2 * run.pairs; ++r) {
+    const auto bytes = hn::LoadU(d8, run.rows[r] + offset);
+    const auto first = hn::And(bytes, hn::Set(d8, 15)), second = hn::ShiftRight<4>(bytes);
+    const hn::Vec<decltype(d16)> q[] = {
+        hn::PromoteTo(d16, hn::LowerHalf(d8_half, first)), hn::PromoteTo(d16, hn::UpperHalf(d8_half, first)),
+        hn::PromoteTo(d16, hn::LowerHalf(d8_half, second)), hn::PromoteTo(d16, hn::UpperHalf(d8_half, second))};
+    const auto by_high = hn::Set(d16, run.high[r]), by_low = hn::Set(d16, run.low[r]);
+    for (int i = 0; i < 4; ++i) {
+      high[i] = hn::Add(high[i], hn::Mul(q[i], by_high));
+      if constexpr (kLow) low[i] = hn::Add(low[i], hn::Mul(q[i], by_low));
+    }
+  }
+  const auto whole = [&](auto h, auto l) {
+    if constexpr (!kLow) return hn::PromoteTo(d32, h);
+    return hn::Add(hn::ShiftLeft<8>(hn::PromoteTo(d32, h)), hn::PromoteTo(d32, l));
+  };
+  for (size_t i = 0; i < 4; ++i) {
+    Flush<kZeros>(whole(hn::LowerHalf(d16_half, high[i]), hn::LowerHalf(d16_half, low[i])), run, block, n + 8 * i, y);
+    Flush<kZeros>(whole(hn::UpperHalf(d16_half, high[i]), hn::UpperHalf(d16_half, low[i])), run, block, n + 8 * i + 4,
+                  y);
+  }
+}
+
+template <class F, bool kZeros, class S, std::enable_if_t<F::kBits == 8, int> = 0>
+HWY_INLINE void AddStep(const Run& run, size_t offset, const Scales<S>& block, size_t n, float* y) {
+  const hn::Full128<int32_t> d;
+  const hn::Rebind<int8_t, decltype(d)> d8;
+  hn::Vec<decltype(d)> sums[4];
+  for (int i = 0; i < 4; ++i) sums[i] = hn::Zero(d);
+  for (size_t r = 0; r < 2 * run.pairs; ++r) {
+    const int8_t* row = reinterpret_cast<const int8_t*>(run.rows[r] + offset);
+    const auto by = hn::Set(d, run.whole[r]);
+    for (size_t i = 0; i < 4; ++i) {
+      sums[i] = hn::Add(sums[i], hn::Mul(by, hn::PromoteTo(d, hn::LoadU(d8, row + 4 * i))));
+    }
+  }
+  for (size_t i = 0; i < 4; ++i) Flush<kZeros>(sums[i], run, block, n + 4 * i, y);
+}
+
+#endif
+
+}  // namespace HWY_NAMESPACE
+}  // namespace nmonnx
+HWY_AFTER_NAMESPACE();
+#endif
