@@ -13,6 +13,8 @@ constexpr size_t kLongRow = 32768;         // bytes from which on tasks split th
 constexpr size_t kColumnStep = 64;
 constexpr size_t kStripBytes = 8192;       // of a row, that several tokens add in turn: some rows of it stay in the L2 cache
 constexpr size_t kPanelRows = 32;
+constexpr size_t kPanelSums = 1 << 17;     // bytes of the sums of a task: they stay in the L2 cache
+constexpr size_t kPanelTasks = 4;          // at least, where there are as many panels
 
 size_t CeilDiv(size_t a, size_t b) { return (a + b - 1) / b; }
 size_t RoundUp(size_t a, size_t b) { return CeilDiv(a, b) * b; }
@@ -23,7 +25,7 @@ template <class W>
 struct Measured;
 template <class T>
 struct Measured<DenseWeight<T>> {
-  static constexpr size_t kPanelTokens = 12, kSweepRows = 8;
+  static constexpr size_t kPanelTokens = 10, kSweepRows = 8;
 };
 template <>
 struct Measured<BlockWeight<8>> {
@@ -66,7 +68,8 @@ class ByRows {
 
  private:
   void SplitColumns(size_t tasks) {
-    const size_t step = RoundUp(CeilDiv(w_.columns, tasks), kColumnStep);
+    const size_t narrow = lists_.tokens() == 1 ? 1 : StripColumns();  // several tokens read no less of a row
+    const size_t step = RoundUp(std::max(narrow, CeilDiv(w_.columns, tasks)), kColumnStep);
     call_.ParallelFor(CeilDiv(w_.columns, step), [&](size_t task) {
       const Span columns{task * step, std::min(w_.columns, (task + 1) * step)};
       for (size_t t = 0; t < lists_.tokens(); ++t) Fill(bias_, columns, y_ + t * w_.columns);
@@ -94,13 +97,15 @@ class ByRows {
     }
   }
 
+  size_t StripColumns() const { return RoundUp(w_.columns * kStripBytes / w_.RowBytes(), kColumnStep); }
+
   void Add(Span units, Span columns, float* y) {
     if (lists_.tokens() == 1) {
       const Entry* entries = lists_.Entries(0, 0);
       return kernels_.add_rows(entries + units.begin, units.size(), entries + units.end, units_ - units.end, w_, columns,
                                y + columns.begin);
     }
-    const size_t strip = RoundUp(w_.columns * kStripBytes / w_.RowBytes(), kColumnStep);
+    const size_t strip = StripColumns();
     for (size_t begin = columns.begin; begin < columns.end; begin += strip) {
       AddStrip(units, {begin, std::min(columns.end, begin + strip)}, y);
     }
@@ -138,37 +143,65 @@ Ahead Bytes(const BlockWeight<kBits>& w, Span rows, Span columns) {
           w.RowBytes()};
 }
 
-// Some columns of 32 rows of W are copied into the L1 cache, and the sums of a token are in registers.
+// Some columns of 32 rows of W are copied into the L1 cache, and the sums of a token are in registers. A task goes
+// through several panels side by side, so that what it reads of a row is long.
 template <class W>
-void AddPanels(const Kernels& kernels, const KeptLists& lists, const W& w, Span columns, float* sums) {
-  const auto& copy_panel = MatMulOf(kernels, w).copy_panel;
-  const Floats panel = AllocateFloats(kPanelRows * kernels.panel.columns);
-  const auto rows_of = [&](size_t b) {
-    return Span{b * kPanelRows, std::min(lists.channels(), (b + 1) * kPanelRows)};
-  };
-  for (size_t b = 0; b < lists.blocks(); ++b) {
-    const Ahead ahead = b + 1 < lists.blocks() ? Bytes(w, rows_of(b + 1), columns) : Ahead{};
-    copy_panel(w, rows_of(b), columns, panel.get());
-    kernels.panel.add(lists.Block(b), panel.get(), ahead, sums);
-  }
-}
+class ByPanels {
+ public:
+  ByPanels(const Call& call, const Kernels& kernels, const KeptLists& lists, const W& w, const float* bias, float* y)
+      : call_(call), kernels_(kernels), lists_(lists), w_(w), bias_(bias), y_(y), width_(kernels.panel.columns) {}
 
-template <class W>
-void ByPanels(const Call& call, const Kernels& kernels, const KeptLists& lists, const W& w, const float* bias,
-              float* y) {
-  const size_t width = kernels.panel.columns;
-  call.ParallelFor(CeilDiv(w.columns, width), [&](size_t task) {
-    const Span columns{task * width, std::min(w.columns, (task + 1) * width)};
-    const Floats sums = AllocateFloats(lists.tokens() * width);
-    std::fill(sums.get(), sums.get() + lists.tokens() * width, 0.0f);
-    AddPanels(kernels, lists, w, columns, sums.get());
-    for (size_t t = 0; t < lists.tokens(); ++t) {
-      const float* from = sums.get() + t * width;
-      float* to = y + t * w.columns + columns.begin;
-      for (size_t n = 0; n < columns.size(); ++n) to[n] = bias ? from[n] + bias[columns.begin + n] : from[n];
+  void Run() {
+    const size_t panels = CeilDiv(w_.columns, width_);
+    const size_t fit = kPanelSums / (lists_.tokens() * width_ * sizeof(float));
+    const size_t step = width_ * std::clamp<size_t>(fit, 1, CeilDiv(panels, kPanelTasks));
+    call_.ParallelFor(CeilDiv(w_.columns, step), [&](size_t task) {
+      const Span columns{task * step, std::min(w_.columns, (task + 1) * step)};
+      const size_t size = lists_.tokens() * width_, count = CeilDiv(columns.size(), width_);
+      const Floats sums = AllocateFloats(count * size);
+      std::fill(sums.get(), sums.get() + count * size, 0.0f);
+      Add(columns, sums.get());
+      for (size_t p = 0; p < count; ++p) Store(PanelOf(columns, p), sums.get() + p * size);
+    });
+  }
+
+ private:
+  Span PanelOf(Span columns, size_t p) const {
+    const size_t begin = columns.begin + p * width_;
+    return {begin, std::min(columns.end, begin + width_)};
+  }
+
+  Span RowsOf(size_t block) const {
+    return {block * kPanelRows, std::min(lists_.channels(), (block + 1) * kPanelRows)};
+  }
+
+  void Add(Span columns, float* sums) const {
+    const auto& copy_panel = MatMulOf(kernels_, w_).copy_panel;
+    const Floats panel = AllocateFloats(kPanelRows * width_);
+    const size_t count = CeilDiv(columns.size(), width_), steps = lists_.blocks() * count;
+    for (size_t i = 0; i < steps; ++i) {  // block by block, in each panel by panel
+      const auto source = [&](size_t step) { return Bytes(w_, RowsOf(step / count), PanelOf(columns, step % count)); };
+      copy_panel(w_, RowsOf(i / count), PanelOf(columns, i % count), panel.get());
+      kernels_.panel.add(lists_.Block(i / count), panel.get(), i + 1 < steps ? source(i + 1) : Ahead{},
+                         sums + i % count * lists_.tokens() * width_);
     }
-  });
-}
+  }
+
+  void Store(Span columns, const float* sums) const {
+    for (size_t t = 0; t < lists_.tokens(); ++t, sums += width_) {
+      float* to = y_ + t * w_.columns + columns.begin;
+      for (size_t n = 0; n < columns.size(); ++n) to[n] = bias_ ? sums[n] + bias_[columns.begin + n] : sums[n];
+    }
+  }
+
+  const Call& call_;
+  const Kernels& kernels_;
+  const KeptLists& lists_;
+  const W& w_;
+  const float* bias_;
+  float* y_;
+  const size_t width_;
+};
 
 }  // namespace
 
@@ -190,7 +223,7 @@ Plan PlanProduct(const W&, Pattern pattern, size_t tokens, size_t channels, size
 template <class W>
 void Multiply(const Call& call, const Kernels& kernels, const KeptLists& lists, const W& w, Method method,
               const float* bias, float* y) {
-  if (method == Method::kPanels) return ByPanels(call, kernels, lists, w, bias, y);
+  if (method == Method::kPanels) return ByPanels<W>(call, kernels, lists, w, bias, y).Run();
   ByRows<W>(call, MatMulOf(kernels, w), lists, w, bias, y).Run();
 }
 

@@ -1,5 +1,7 @@
 // Products of the kept channels with the rows of a float W, and panels, the same code for every SIMD target.
 
+#include <algorithm>
+
 #include "kernels/portable.h"
 #include "kernels/tables.h"
 
@@ -106,15 +108,23 @@ void AddRows(const Entry* entries, size_t count, const Entry* next, size_t next_
   }
 }
 
+// 8 rows side by side, which keeps the memory busier than one after the other.
 template <class T>
 void CopyPanel(const DenseWeight<T>& weight, Span rows, Span columns, float* panel) {
   const DF d;
   const T* w = weight.data + rows.begin * weight.columns + columns.begin;
-  for (size_t r = 0; r < rows.size(); ++r, w += weight.columns, panel += kPanelColumns) {
-    size_t n = 0;
-    for (; n + kLanes <= columns.size(); n += kLanes) hn::StoreU(LoadWide(w + n), d, panel + n);
-    for (; n < columns.size(); ++n) panel[n] = Widen(w[n]);
-    for (; n < kPanelColumns; ++n) panel[n] = 0.0f;
+  const size_t stride = weight.columns, whole = columns.size() / kLanes * kLanes;
+  for (size_t first = 0; first < rows.size(); first += kSweepRows, w += kSweepRows * stride) {
+    const size_t some = std::min(kSweepRows, rows.size() - first);
+    float* to = panel + first * kPanelColumns;
+    for (size_t n = 0; n < whole; n += kLanes) {
+      for (size_t r = 0; r < some; ++r) hn::StoreU(LoadWide(w + r * stride + n), d, to + r * kPanelColumns + n);
+    }
+    for (size_t r = 0; r < some; ++r) {
+      for (size_t n = whole; n < kPanelColumns; ++n) {
+        to[r * kPanelColumns + n] = n < columns.size() ? Widen(w[r * stride + n]) : 0.0f;
+      }
+    }
   }
 }
 

@@ -25,6 +25,7 @@ using DI = hn::RebindToSigned<DF>;
 using VF = hn::Vec<DF>;
 
 constexpr size_t kLanes = hn::MaxLanes(DF());
+constexpr size_t kSideBySide = 8;
 constexpr size_t kPiece = 256;  // columns whose scales or zeros are widened at once
 
 HWY_INLINE VF WidenI8(const int8_t* p) {
@@ -66,26 +67,30 @@ HWY_INLINE VF Numbers(const BlockWeight<4>& w, size_t row, size_t column) {
   return hn::ConvertTo(DF(), column % 32 < 16 ? hn::And(two, hn::Set(d, 15)) : hn::ShiftRight<4>(two));
 }
 
+// 8 rows side by side, which keeps the memory busier than one after the other; they are of one block.
 template <int kBits>
 void CopyPanel(const BlockWeight<kBits>& w, Span rows, Span columns, float* panel) {
   const DF d;
-  const size_t width = PanelTable().columns, count = columns.size();
+  const size_t width = PanelTable().columns, count = columns.size(), whole = count / kLanes * kLanes;
   float scale_buffer[kPiece], zero_buffer[kPiece];
-  const float *scales = nullptr, *zeros = nullptr;
-  for (size_t row = rows.begin; row < rows.end; ++row, panel += width) {
-    if (row == rows.begin || row % w.block_rows == 0) {
-      const size_t index = row / w.block_rows * w.columns + columns.begin;
-      scales = AsFloats(w.scales, w.scale_type, index, count, scale_buffer);
-      if (w.zero_type != Number::kNone) zeros = AsFloats(w.zeros, w.zero_type, index, count, zero_buffer);
+  for (size_t first = rows.begin; first < rows.end; first += kSideBySide, panel += kSideBySide * width) {
+    const size_t some = std::min(kSideBySide, rows.end - first);
+    const size_t index = first / w.block_rows * w.columns + columns.begin;
+    const float* scales = AsFloats(w.scales, w.scale_type, index, count, scale_buffer);
+    const float* zeros =
+        w.zero_type == Number::kNone ? nullptr : AsFloats(w.zeros, w.zero_type, index, count, zero_buffer);
+    for (size_t n = 0; n < whole; n += kLanes) {
+      const VF scale = hn::LoadU(d, scales + n), zero = zeros ? hn::LoadU(d, zeros + n) : hn::Set(d, w.kNoZero);
+      for (size_t r = 0; r < some; ++r) {
+        const VF q = hn::Sub(Numbers(w, first + r, columns.begin + n), zero);
+        hn::StoreU(hn::Mul(q, scale), d, panel + r * width + n);
+      }
     }
-    size_t n = 0;
-    for (; n + kLanes <= count; n += kLanes) {
-      const VF zero = zeros ? hn::LoadU(d, zeros + n) : hn::Set(d, w.kNoZero);
-      const VF q = hn::Sub(Numbers(w, row, columns.begin + n), zero);
-      hn::StoreU(hn::Mul(q, hn::LoadU(d, scales + n)), d, panel + n);
+    for (size_t r = 0; r < some; ++r) {
+      for (size_t n = whole; n < width; ++n) {
+        panel[r * width + n] = n < count ? At(w, first + r, columns.begin + n) : 0.0f;
+      }
     }
-    for (; n < count; ++n) panel[n] = At(w, row, columns.begin + n);
-    std::fill(panel + n, panel + width, 0.0f);
   }
 }
 
