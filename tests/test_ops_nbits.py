@@ -35,7 +35,9 @@ class Weight:
         elif zeros == "float":
             self.zeros = rng.uniform(low, high, (blocks, columns)).astype(scale_type)
         self.data = whole.astype(np.int8) if bits == 8 else pack(whole)
-        zero = (0 if bits == 8 else 8) if self.zeros is None else np.repeat(self.zeros, block, 0)[:channels].astype(float)
+        zero = 0 if bits == 8 else 8
+        if self.zeros is not None:
+            zero = np.repeat(self.zeros, block, 0)[:channels].astype(float)
         self.values = (whole - zero) * np.repeat(self.scales, block, 0)[:channels].astype(float)
 
 

@@ -19,22 +19,23 @@ constexpr size_t kPanelTasks = 4;          // at least, where there are as many 
 size_t CeilDiv(size_t a, size_t b) { return (a + b - 1) / b; }
 size_t RoundUp(size_t a, size_t b) { return CeilDiv(a, b) * b; }
 
-// The table of `benchmarks/thresholds.py`: from how many tokens on panels are faster, and how many kept rows one sweep of
-// a kernel takes.
-template <class W>
-struct Measured;
+// The table that `benchmarks/kernels.py thresholds` measures: from how many tokens on panels are faster, and the kept rows
+// that one sweep of a kernel takes.
+constexpr size_t kNever = kMaxTokens + 1;
+constexpr size_t kManyColumns = 4096;
+
 template <class T>
-struct Measured<DenseWeight<T>> {
-  static constexpr size_t kPanelTokens = 10, kSweepRows = 8;
-};
-template <>
-struct Measured<BlockWeight<8>> {
-  static constexpr size_t kPanelTokens = 20, kSweepRows = 16;
-};
-template <>
-struct Measured<BlockWeight<4>> {
-  static constexpr size_t kPanelTokens = 48, kSweepRows = 16;
-};
+size_t PanelTokens(const DenseWeight<T>&) { return 10; }
+size_t PanelTokens(const BlockWeight<8>&) { return 24; }
+size_t PanelTokens(const BlockWeight<4>& w) {
+  if (!w.values_8_bits) return 48;
+  return w.columns < kManyColumns ? kNever : 64;
+}
+
+template <class T>
+constexpr size_t SweepRows(const DenseWeight<T>&) { return 8; }
+template <int kBits>
+constexpr size_t SweepRows(const BlockWeight<kBits>&) { return 16; }
 
 void Fill(const float* bias, Span columns, float* y) {
   if (bias) {
@@ -80,7 +81,7 @@ class ByRows {
   // Every task has sums of its own, which are added up at the end: rows stay whole, which is faster than short
   // pieces of them.
   void SplitUnits(size_t tasks) {
-    const size_t step = RoundUp(CeilDiv(units_, tasks), lists_.tokens() == 1 ? Measured<W>::kSweepRows : 1);
+    const size_t step = RoundUp(CeilDiv(units_, tasks), lists_.tokens() == 1 ? SweepRows(w_) : 1);
     tasks = CeilDiv(units_, step);
     const size_t size = lists_.tokens() * w_.columns;
     const Floats parts = AllocateFloats((tasks - 1) * size);
@@ -213,10 +214,10 @@ Floats AllocateFloats(size_t count) {
 }
 
 template <class W>
-Plan PlanProduct(const W&, Pattern pattern, size_t tokens, size_t channels, size_t panel_tokens) {
+Plan PlanProduct(const W& w, Pattern pattern, size_t tokens, size_t channels, size_t panel_tokens) {
   if (tokens == 1) return {Method::kRows, std::max<size_t>(1, channels)};
-  if (tokens >= (panel_tokens ? panel_tokens : Measured<W>::kPanelTokens)) return {Method::kPanels, kPanelRows};
-  const size_t groups = CeilDiv(Measured<W>::kSweepRows, static_cast<size_t>(pattern.keep));  // one sweep per token
+  if (tokens >= (panel_tokens ? panel_tokens : PanelTokens(w))) return {Method::kPanels, kPanelRows};
+  const size_t groups = CeilDiv(SweepRows(w), static_cast<size_t>(pattern.keep));  // one sweep per token
   return {Method::kRows, groups * static_cast<size_t>(pattern.group)};
 }
 
