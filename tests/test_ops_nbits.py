@@ -54,8 +54,15 @@ def matmul(x, w, keep, group, simd="", **optional):
     order = ("bias", "scale", "shift", "order", "row_sum", "dense")
     inputs = {"x": x, "w": w.data, "scales": w.scales, "zeros": w.zeros, **{name: optional.get(name) for name in order}}
     attributes = {name: value for name, value in optional.items() if name not in order}
-    key = (simd, keep, group, w.bits, w.block, tuple(attributes.items()),
-           *(None if v is None else (v.dtype, v.ndim) for v in inputs.values()))
+    key = (
+        simd,
+        keep,
+        group,
+        w.bits,
+        w.block,
+        tuple(attributes.items()),
+        *(None if v is None else (v.dtype, v.ndim) for v in inputs.values()),
+    )
     if key not in _sessions:
         _sessions[key] = Op(
             "NMMatMulNBits", inputs, simd, keep=keep, group=group, bits=w.bits, block_size=w.block, **attributes
@@ -89,7 +96,9 @@ def draw(rng, shape, dtype=np.float32):
 def test_every_kernel_multiplies_the_pruned_activation(simd, bits, keep, group, zeros):
     rng = np.random.default_rng(group)
     for channels, columns, block, scale_type in (
-        (group * 3 + 1, 37, 16, np.float16), (200, 320, 32, np.float32), (96, 70, 128, np.float16)
+        (group * 3 + 1, 37, 16, np.float16),
+        (200, 320, 32, np.float32),
+        (96, 70, 128, np.float16),
     ):
         w = Weight(rng, channels, columns, bits, block, zeros, scale_type)
         for tokens in TOKENS:
@@ -156,8 +165,16 @@ def test_the_correction_of_the_variance_and_dense_tokens_are_those_of_nmmatmul(b
     x, bias, dense = draw(rng, (tokens, 128)), draw(rng, (64,)), rng.integers(0, 2, (tokens,)).astype(bool)
     corrections = {"bias": bias, "row_sum": wide.sum(0), "dense": dense, "variance": 1, "center": 1}
     got = matmul(x, w, 8, 16, **corrections)
-    inputs = {"x": x, "w": wide, "bias": bias, "scale": None, "shift": None, "order": None,
-              "row_sum": wide.sum(0), "dense": dense}
+    inputs = {
+        "x": x,
+        "w": wide,
+        "bias": bias,
+        "scale": None,
+        "shift": None,
+        "order": None,
+        "row_sum": wide.sum(0),
+        "dense": dense,
+    }
     expected = run("NMMatMul", inputs, keep=8, group=16, variance=1, center=1)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-3 * np.abs(wide).max())
 
@@ -219,8 +236,15 @@ def _matmulnbits(whole, scales, bits, block, x):
     blocks = whole.T.reshape(columns, channels // block, block).astype(np.uint8)
     packed = blocks if bits == 8 else blocks[..., 0::2] | blocks[..., 1::2] << 4
     node = helper.make_node(
-        "MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft",
-        K=channels, N=columns, bits=bits, block_size=block, accuracy_level=4,
+        "MatMulNBits",
+        ["x", "w", "s"],
+        ["y"],
+        domain="com.microsoft",
+        K=channels,
+        N=columns,
+        bits=bits,
+        block_size=block,
+        accuracy_level=4,
     )
     constants = [numpy_helper.from_array(packed, "w"), numpy_helper.from_array(np.ascontiguousarray(scales.T), "s")]
     ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in "xy"]
