@@ -68,7 +68,7 @@ def end_of(site: Site) -> gs.Node | str:
         return f"{node.op} applies an activation function too"
     if key == ("", "MatMulInteger"):
         return _after_codes(site)
-    if site.fusable is None and key not in _PLAIN:
+    if site.kernel == "NMPrune" and key not in _PLAIN:
         return f"nothing can be added to its product inside {node.op}"
     if node.op == "QGemm" and any(t.name for t in node.inputs[7:]):
         return "its output is quantised"

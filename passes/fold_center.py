@@ -72,7 +72,7 @@ def _end_of(site: Site, splice_path: str) -> gs.Node | str:
         return "its activation is pruned in another graph, whose tensors it does not see"
     if function_of(site.scope) != function_of(splice_path):
         return "its activation is pruned outside of its function"
-    if site.n == 1 and site.fusable is None:
+    if site.n == 1 and site.kernel == "NMPrune":
         return "its weight may be a vector, whose product has no axis for the channels"
     return end_of(site)
 

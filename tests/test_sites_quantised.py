@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from onnx import helper
 from site_models import RNG, matrix, parse, run_layer, saved
 
+from nmonnx.nbits import Quantised, blocks_of, pack
 from nmonnx.onnx_file.graph import Model
 from nmonnx.sites import Site, find_sites
 
@@ -27,9 +28,22 @@ def one(model: Model) -> Site:
 def assert_reads_what_runs(model: Model, tolerance: float = 1e-5) -> Site:
     site = one(model)
     weight = site.weight()
-    assert weight.shape == (site.k, site.n) and site.fusable is None and "quantised" in site.not_fusable
+    assert weight.shape == (site.k, site.n) and site.fusable is None
+    assert_fuses_exactly(site)
     np.testing.assert_allclose(run_layer(onnx.load(model.path), site), weight, atol=tolerance * np.abs(weight).max())
     return site
+
+
+def assert_fuses_exactly(site: Site) -> None:
+    """What NMMatMulNBits would read is worth what the weight is, bit for bit; or there is a reason."""
+    codes = site.quantised
+    assert (codes is None) is bool(site.not_fusable)
+    if codes is not None:
+        whole = codes.codes()
+        data = pack(whole) if codes.bits == 4 else whole
+        made = Quantised(codes.bits, codes.block_size, data, codes.scales(), codes.zeros())
+        assert made.scales.shape == (blocks_of(site.k, codes.block_size), site.n)
+        np.testing.assert_array_equal(made.values(), site.weight())
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -137,6 +151,7 @@ def test_integer_weight_is_read_and_the_splice_is_in_front_of_the_quantiser(
     site = one(model)
     expected = (w.astype(np.float32) - weights["zw"]) * weights["sw"]
     np.testing.assert_allclose(site.weight(), expected, rtol=1e-6)
+    assert_fuses_exactly(site)
     np.testing.assert_allclose(run_layer(onnx.load(model.path), site), expected, atol=1e-4 * np.abs(expected).max())
     assert site.activation.name == "x" and site.splice[0][1] == 0
     assert site.splice[0][0].op in ("DynamicQuantizeLinear", "DynamicQuantizeMatMul")

@@ -68,12 +68,12 @@ def inspection(path: Path, opset: int, found: Found, verbose: bool = False) -> R
 
 
 def _record(site: Site) -> dict[str, Any]:
-    fields = ("name", "scope", "op", "role", "block", "k", "n", "elem", "initializer", "not_fusable")
+    fields = ("name", "scope", "op", "role", "block", "k", "n", "elem", "initializer", "kernel", "not_fusable")
     return {f: getattr(site, f) for f in fields} | {"activation": site.activation.name}
 
 
 def _by_role(found: Found) -> Table:
-    groups = Counter((s.role, s.op, s.k, s.n, "NMMatMul" if s.fusable is not None else "NMPrune") for s in found.sites)
+    groups = Counter((s.role, s.op, s.k, s.n, s.kernel) for s in found.sites)
     rows = [(role, count, op, k, n, kernel) for (role, op, k, n, kernel), count in groups.items()]
     return table("Layers that can be pruned", ("role", "layers", "op", "K", "N", "can become"), rows)
 
@@ -85,12 +85,13 @@ def _reasons(found: Found) -> Table:
 
 
 def _each(found: Found) -> Table:
-    rows: list[tuple[object, ...]] = [
-        (s.name, s.op, s.role, _dash(s.block), s.k, s.n, "NMMatMul" if s.fusable else f"NMPrune: {s.not_fusable}")
-        for s in found.sites
-    ]
+    rows: list[tuple[object, ...]] = [(s.name, s.op, s.role, _dash(s.block), s.k, s.n, _kernel(s)) for s in found.sites]
     rows += [(s.name, s.op, s.role, _dash(s.block), _dash(s.k), _dash(s.n), f"left: {s.reason}") for s in found.skipped]
     return table("Layers", ("layer", "op", "role", "block", "K", "N", "can become"), rows)
+
+
+def _kernel(site: Site) -> str:
+    return f"NMPrune: {site.not_fusable}" if site.kernel == "NMPrune" else site.kernel
 
 
 def _dash(value: int | None) -> str:

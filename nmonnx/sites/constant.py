@@ -24,6 +24,19 @@ class Stored:
 
 
 @dataclass(frozen=True, eq=False)
+class Dequantised:
+    """What `DequantizeLinear` makes of stored codes: scale and zero are one in all, one a slice of `axis` of the codes,
+    or one a block of `block` along it. `transposed`: the constant has the axes of the codes swapped."""
+
+    codes: Constant
+    scale: Constant
+    zero: Constant | None
+    axis: int
+    block: int
+    transposed: bool = False
+
+
+@dataclass(frozen=True, eq=False)
 class Constant:
     """Values known before the model runs, not yet read.
 
@@ -31,6 +44,7 @@ class Constant:
     stored   the tensor it equals; None with the reason in `indirect`
     blocked  why a linear layer must not rely on these values, "" when it may
     quantised  the values come from integer codes
+    dequantised  how, where they are nothing else
     """
 
     shape: tuple[int, ...]
@@ -41,11 +55,13 @@ class Constant:
     indirect: str = ""
     blocked: str = ""
     quantised: bool = False
+    dequantised: Dequantised | None = None
 
     def through(self, reason: str, shape: tuple[int, ...], step: Callable[[np.ndarray], np.ndarray]) -> Constant:
         """The constant after one more operator, no longer equal to a stored tensor because of `reason`."""
         read = self.read
-        return replace(self, shape=shape, read=lambda: step(read()), stored=None, indirect=self.indirect or reason)
+        indirect = self.indirect or reason
+        return replace(self, shape=shape, read=lambda: step(read()), stored=None, indirect=indirect, dequantised=None)
 
 
 AT_RUN_TIME = "its weight is made at run time"

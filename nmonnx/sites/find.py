@@ -164,6 +164,7 @@ def _site(product: Product, linear: Linear, splice: Splice) -> Site:
         initializer=linear.weight.name,
         texts=product.texts,
         fusable=linear.fusable if splice.direct else None,
+        quantised=linear.quantised if splice.direct or linear.codes else None,
         not_fusable=linear.not_fusable if splice.direct else linear.not_fusable or "its activation is quantised",
         read=linear.read,
     )

@@ -119,7 +119,8 @@ class Lifter:
         formal = body.defined.get(rest[0].inputs[reading.port].name)
         if not isinstance(formal, Formal):
             return Left("calls of its function bring its weight by different inputs")
-        return replace(reading, port=formal.index, fusable=None, not_fusable=f"it lies inside the function {node.op}")
+        reason = f"it lies inside the function {node.op}"
+        return replace(reading, port=formal.index, fusable=None, quantised=None, not_fusable=reason)
 
 
 def _is_same(a: Chain, b: Chain) -> bool:

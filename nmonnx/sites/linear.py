@@ -12,7 +12,7 @@ from onnx import TensorProto
 from nmonnx.onnx_file.tensors import type_name
 from nmonnx.sites.constant import Constant, NotConstant
 from nmonnx.sites.scope import Scope
-from nmonnx.sites.site import FusableWeight
+from nmonnx.sites.site import FusableCodes, FusableWeight
 from nmonnx.sites.trace import Tracer
 
 
@@ -36,6 +36,7 @@ class Linear:
     read: Callable[[], np.ndarray]
     port: int = 0
     fusable: FusableWeight | None = None
+    quantised: FusableCodes | None = None
     not_fusable: str = ""
     codes: bool = False
     role: str = ""

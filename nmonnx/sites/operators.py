@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from nmonnx.onnx_file.tensors import type_name
-from nmonnx.sites.constant import Constant, NotConstant, sparse_constant, stored_constant
+from nmonnx.sites.constant import Constant, Dequantised, NotConstant, sparse_constant, stored_constant
 from nmonnx.sites.scope import Scope, input_of
 
 if TYPE_CHECKING:
@@ -92,6 +92,8 @@ def _transpose(tracer: Tracer, scope: Scope, node: gs.Node, depth: int) -> Const
         return NotConstant(f"Transpose {node.name!r} has perm {perm} for a weight of shape {list(source.shape)}")
     shape = tuple(source.shape[i] for i in perm)
     moved = source.through("its weight is transposed in more than two axes", shape, lambda w: w.transpose(perm))
+    if source.dequantised and perm == [1, 0]:
+        return replace(moved, dequantised=replace(source.dequantised, transposed=not source.dequantised.transposed))
     if source.stored and perm == [1, 0]:
         return replace(moved, stored=replace(source.stored, transposed=not source.stored.transposed), indirect="")
     return moved
@@ -171,6 +173,7 @@ def _dequantise(tracer: Tracer, scope: Scope, node: gs.Node, depth: int) -> Cons
         "its weight is quantised",
         codes.blocked or scale.blocked,
         quantised=True,
+        dequantised=Dequantised(codes, scale, rest[0] if rest else None, axis, block),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,6 +34,32 @@ class FusableWeight:
 
 
 @dataclass(frozen=True, eq=False)
+class FusableCodes:
+    """A weight of whole numbers as `NMMatMulNBits` may use it, read from disk when it is asked for. See `nmonnx.nbits`.
+
+    bits, block_size, accuracy_level  attributes of the op
+    stored   the tensor that holds the codes, as the model stores them
+    sources  names of the stored tensors that W, scales and zeros are made of
+    codes    int8 (8 bits) or uint8 of 0..15 (4 bits) [K, N]
+    scales   float32 or float16 [blocks, N]
+    zeros    [blocks, N], int8, uint8 or of the type of the scales; None where all are the default
+    bias     tensor of shape [N] to add, when the node adds one
+    output   the tensor that holds the product; None: the first output of the node
+    """
+
+    bits: int
+    block_size: int
+    stored: gs.Tensor
+    sources: Mapping[str, str]
+    codes: Callable[[], np.ndarray]
+    scales: Callable[[], np.ndarray]
+    zeros: Callable[[], np.ndarray | None]
+    accuracy_level: int = 0
+    bias: gs.Tensor | None = None
+    output: gs.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Site:
     """One linear layer with a constant weight.
 
@@ -46,7 +72,8 @@ class Site:
     elem          TensorProto element type of `activation`
     initializer   name of the stored weight, "" when it has none
     texts         what selectors are matched against: node, site, module and initializer names
-    fusable       how `NMMatMul` may use the weight; None with the reason in `not_fusable`
+    fusable       how `NMMatMul` may use the weight; else
+    quantised     how `NMMatMulNBits` may; None as well with the reason in `not_fusable`
     """
 
     name: str
@@ -65,6 +92,7 @@ class Site:
     initializer: str
     texts: tuple[str, ...]
     fusable: FusableWeight | None
+    quantised: FusableCodes | None
     not_fusable: str
     read: Callable[[], np.ndarray] = field(repr=False)
 
@@ -72,6 +100,11 @@ class Site:
     def output(self) -> str:
         """Name of the tensor that the linear layer makes."""
         return self.node.outputs[0].name
+
+    @property
+    def kernel(self) -> str:
+        """The op that may prune and multiply in one, or that only prunes."""
+        return "NMMatMul" if self.fusable else "NMMatMulNBits" if self.quantised else "NMPrune"
 
     @property
     def alpha(self) -> float:

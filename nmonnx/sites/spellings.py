@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from nmonnx.sites.codes import dequantised
 from nmonnx.sites.constant import Constant, NotConstant
 from nmonnx.sites.einsum import read_einsum
 from nmonnx.sites.linear import Left, Linear, Reader, Reading, float32, fuse, no_weight
@@ -19,6 +20,7 @@ from nmonnx.sites.scope import Scope, input_of
 from nmonnx.sites.trace import Tracer
 
 MICROSOFT = "com.microsoft"
+IN_ATTENTION = "its weight is inside an attention node, whose input alone can be pruned"
 
 
 def _matmul(tracer: Tracer, scope: Scope, node: gs.Node) -> Reading:
@@ -73,7 +75,7 @@ def _attention(tracer: Tracer, scope: Scope, node: gs.Node) -> Reading:
         return no_weight(weight)
     if len(weight.shape) != 2:
         return Left(f"its weight has {len(weight.shape)} axes, not 2", linear=False)
-    reading = _product(weight, False, "its weight is inside an attention node, whose input alone can be pruned")
+    reading = _product(weight, False, IN_ATTENTION)
     return replace(reading, role="qkv")
 
 
@@ -131,10 +133,14 @@ def _product(weight: Constant, transposed: bool, obstacle: str) -> Linear:
         values = values.swapaxes(-1, -2) if swap else values
         return values.reshape(k, n) if math.prod(shape[:-2]) == 1 else values.reshape(-1, k, n)
 
-    fusable, reason = None, obstacle or f"its weight has {rank} axes, not 2"
-    if not obstacle and rank == 2:
-        fusable, reason = fuse(weight, transposed, weight.elem)
-    return Linear(k, n, weight.elem, weight, read, fusable=fusable, not_fusable=reason)
+    linear = Linear(k, n, weight.elem, weight, read, not_fusable=obstacle or f"its weight has {rank} axes, not 2")
+    if obstacle or rank != 2:
+        return linear
+    if weight.dequantised:
+        quantised, reason = dequantised(weight.dequantised, transposed)
+        return replace(linear, quantised=quantised, not_fusable=reason)
+    fusable, reason = fuse(weight, transposed, weight.elem)
+    return replace(linear, fusable=fusable, not_fusable=reason)
 
 
 def _matmul_obstacle(node: gs.Node) -> str:
@@ -160,9 +166,14 @@ def _gemm_obstacle(tracer: Tracer, scope: Scope, node: gs.Node, weight: Constant
 
 def _with_bias(node: gs.Node, reading: Linear) -> Linear:
     bias = input_of(node, 2) if node.attrs.get("beta", 1.0) else None
-    if reading.fusable is None or bias is None:
+    if bias is None:
         return reading
-    return replace(reading, fusable=replace(reading.fusable, bias=bias))
+    fusable, quantised = reading.fusable, reading.quantised
+    return replace(
+        reading,
+        fusable=replace(fusable, bias=bias) if fusable else None,
+        quantised=replace(quantised, bias=bias) if quantised else None,
+    )
 
 
 def _on_the_left(left: Constant, right: Constant | NotConstant, transposed: bool = False) -> Left:
