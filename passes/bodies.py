@@ -19,9 +19,20 @@ CAST_LIKE_OPSET = 15
 CRITERION = ("scale", "shift", "order")
 """Optional inputs of both ops, in their order."""
 
-INPUTS = {"NMPrune": ("x", *CRITERION, "dense"), "NMMatMul": ("x", "W", "bias", *CRITERION, "row_sum", "dense")}
+_FUSED_INPUTS = ("bias", *CRITERION, "row_sum", "dense")
+INPUTS = {
+    "NMPrune": ("x", *CRITERION, "dense"),
+    "NMMatMul": ("x", "W", *_FUSED_INPUTS),
+    "NMMatMulNBits": ("x", "W", "scales", "zeros", *_FUSED_INPUTS),
+}
 INPUTS |= {name: (*op.inputs, "shift") for name, op in OPS.items()}
 """Inputs of each op, by position."""
+
+NEEDED = ("x", "W", "scales")
+"""Inputs that are no options."""
+
+FUSED = ("NMMatMul", "NMMatMulNBits")
+"""The ops that prune and multiply in one."""
 
 CENTER_VALUES: Mapping[Center | None, int] = {None: 0, "mean": 1, "median": 2}
 """The attribute `center` of both ops."""
@@ -40,6 +51,8 @@ class Body:
     center     whether a node asks for a center; then every node must have the attribute, every `NMMatMul` a row_sum
     dense      whether a node is told which tokens stay dense; then every node must have that input
     ends       outputs of `NMPrune`; where it is 2, every node must have both
+    packed     whether there are `NMMatMulNBits`, of activations of the type `elem`, 0 for several types
+    zeros      whether one of them brings zero points; then every one must
     """
 
     opset: int
@@ -51,6 +64,9 @@ class Body:
     center: bool = False
     dense: bool = False
     ends: int = 1
+    packed: bool = False
+    elem: int = 0
+    zeros: bool = False
 
     @property
     def choices(self) -> list[str]:
@@ -63,6 +79,10 @@ class Body:
             return f"opset {self.opset} is too old for the fallback functions, which need {OLDEST_OPSET}"
         if self.opset < ATTRIBUTE_OPSET and patterns > 1:
             return f"opset {self.opset} cannot express several patterns in one fallback function; {ATTRIBUTE_OPSET} can"
+        if self.opset < ATTRIBUTE_OPSET and self.packed:
+            return f"opset {self.opset} cannot express NMMatMulNBits in a fallback function; {ATTRIBUTE_OPSET} can"
+        if self.opset < CAST_LIKE_OPSET and self.packed and not self.elem:
+            return f"opset {self.opset} cannot express NMMatMulNBits of two types in a function; {CAST_LIKE_OPSET} can"
         if self.opset < SLICE_OPSET and self.tail:
             return f"opset {self.opset} cannot express a tail group in a fallback function; {SLICE_OPSET} can"
         if self.opset < CAST_LIKE_OPSET and self.criterion:
@@ -89,11 +109,15 @@ def prune_function(body: Body) -> str:
     )
 
 
-def matmul_function(body: Body) -> str:
-    """`NMMatMul` in ONNX text: the prune, a MatMul, the corrections and, if there is a bias, an Add."""
+def matmul_function(body: Body, op: str = "NMMatMul") -> str:
+    """A fused op in ONNX text: the prune, a MatMul, the corrections and, if there is a bias, an Add."""
     lines = _prune(body, "pruned")
-    weight = "W"
-    if body.opset >= CAST_LIKE_OPSET:
+    weight, packed = "W", op == "NMMatMulNBits"
+    if packed:
+        lines += dequantised(body.zeros)
+        lines.append(f"weight = Cast <to = {body.elem}> (w)" if body.elem else "weight = CastLike(w, x)")
+        weight = "weight"
+    elif body.opset >= CAST_LIKE_OPSET:
         lines.append("weight = CastLike(W, x)")
         weight = "weight"
     lines.append(f"{'product' if body.bias or body.choices else 'y'} = MatMul(pruned, {weight})")
@@ -111,7 +135,63 @@ def matmul_function(body: Body) -> str:
     every = body.center or body.dense
     middle = ["bias"] if body.bias or body.criterion or every else []
     last = [*(["row_sum"] if every else []), *(["dense"] if body.dense else [])]
-    return _function("NMMatMul", ["x", "W", *middle, *_criterion_inputs(body, every), *last], lines, body)
+    last_zeros = ["zero_points"] if body.zeros or middle or body.criterion else []
+    first = ["x", "W", *(["scales", *last_zeros] if packed else [])]
+    more = ("bits", "block_size") if packed else ()
+    return _function(op, [*first, *middle, *_criterion_inputs(body, every), *last], lines, body, more=more)
+
+
+def dequantised(zeros: bool) -> list[str]:
+    """`w` [K, N] in float32, what `NMMatMulNBits` reads its weight as. Bytes are taken apart into as many codes as they
+    hold, in chunks of 16 bytes where that is two; see `nmonnx.nbits`."""
+    zero = ["w_zero_rows = Gather <axis = 0> (zero_points, w_block)", "w_zero = Cast <to = 1> (w_zero_rows)"]
+    if not zeros:
+        zero = [
+            "w_eight_or_0 = Mul(w_eight, w_more)",
+            "w_zero = Cast <to = 1> (w_eight_or_0)",
+        ]
+    return [
+        "w_bits_0 = Constant <value_int: int = @bits> ()",
+        "w_block_0 = Constant <value_int: int = @block_size> ()",
+        "w_two = Constant <value = int64[1] {2}> ()",
+        "w_eight = Constant <value = int64[1] {8}> ()",
+        "w_15 = Constant <value = int64[1] {15}> ()",
+        "w_128 = Constant <value = int64[1] {128}> ()",
+        "w_256 = Constant <value = int64[1] {256}> ()",
+        "w_parts = Div(w_eight, w_bits_0)",
+        "w_more = Sub(w_parts, one)",
+        "w_chunk_15 = Mul(w_more, w_15)",
+        "w_chunk = Add(w_chunk_15, one)",
+        "w_base = Div(w_256, w_chunk)",
+        "w_less = Sub(w_two, w_parts)",
+        "w_offset = Mul(w_less, w_128)",  # codes of 8 bits are signed
+        "w_whole = Cast <to = 7> (W)",
+        "w_bytes = Add(w_whole, w_offset)",
+        "w_low = Mod(w_bytes, w_base)",
+        "w_high = Div(w_bytes, w_base)",
+        "w_form = Concat <axis = 0> (channels, rest, one, w_chunk)",
+        "w_low_4 = Reshape(w_low, w_form)",
+        "w_high_4 = Reshape(w_high, w_form)",
+        "w_both = Concat <axis = 2> (w_low_4, w_high_4)",
+        "w_some = Slice(w_both, nought, w_parts, w_two)",
+        "w_flat_form = Concat <axis = 0> (channels, rest)",
+        "w_flat = Reshape(w_some, w_flat_form)",
+        "w_scale_form = Shape(scales)",
+        "w_columns = Gather <axis = 0> (w_scale_form, one)",
+        "w_columns_only = Slice(w_flat, nought, w_columns, one)",
+        "w_signed = Sub(w_columns_only, w_offset)",
+        "w_codes = Cast <to = 1> (w_signed)",
+        "w_count = Squeeze(channels, nought)",
+        "w_from = Constant <value = int64 {0}> ()",
+        "w_step = Constant <value = int64 {1}> ()",
+        "w_channel = Range(w_from, w_count, w_step)",
+        "w_block = Div(w_channel, w_block_0)",
+        "w_scale_rows = Gather <axis = 0> (scales, w_block)",
+        "w_scale = Cast <to = 1> (w_scale_rows)",
+        *zero,
+        "w_moved = Sub(w_codes, w_zero)",
+        "w = Mul(w_moved, w_scale)",
+    ]
 
 
 def _criterion_inputs(body: Body, every: bool = False) -> list[str]:
@@ -392,8 +472,10 @@ def corrected(name: str, y: str, variance: bool, added: list[str]) -> list[str]:
     return [*lines, f"{y} = CastLike({at}, x)"]
 
 
-def _function(op: str, inputs: list[str], lines: list[str], body: Body, outputs: Sequence[str] = ("y",)) -> str:
-    options, ends = ", ".join(["keep", "group", *body.choices]), ", ".join(outputs)
+def _function(
+    op: str, inputs: list[str], lines: list[str], body: Body, outputs: Sequence[str] = ("y",), more: Sequence[str] = ()
+) -> str:
+    options, ends = ", ".join(["keep", "group", *body.choices, *more]), ", ".join(outputs)
     head = (
         f'<domain: "{DOMAIN}", opset_import: ["" : {body.opset}]>\n{op} <{options}> ({", ".join(inputs)}) => ({ends})'
     )

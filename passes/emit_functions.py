@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +12,10 @@ import onnx.parser
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
+from nmonnx.nbits import DEFAULT_ZERO, blocks_of
 from nmonnx.onnx_file.graph import DOMAIN, Model
 from nmonnx.passes.bodies import CRITERION, INPUTS, Body, matmul_function, prune_function
+from nmonnx.passes.packed_weight import code_type
 from nmonnx.passes.result import PassResult
 from nmonnx.passes.surgery import Constants, Names, brought_by, function_of
 from nmonnx.sites import Site
@@ -59,6 +61,9 @@ class EmitFunctions:
             center=any(node.attrs.get("center") for node in nodes),
             dense="dense" in brought,
             ends=max(len(node.outputs) for node in nodes),
+            packed="NMMatMulNBits" in {node.op for node in nodes},
+            elem=_one_type(site for site in sites if site.quantised or site.fusable),
+            zeros="zeros" in brought,
         )
         reason = body.refusal(len(patterns))
         if reason:
@@ -69,8 +74,8 @@ class EmitFunctions:
             if node.op == "NMPrune" and len(node.outputs) < body.ends:
                 node.outputs.append(gs.Variable(names.fresh_tensor(f"{node.name}/center")))
             node.attrs.update({choice: node.attrs.get(choice, 0) for choice in body.choices})
-        texts = {"NMPrune": prune_function, "NMMatMul": matmul_function}
-        model.functions.extend(onnx.parser.parse_function(texts[op](body)) for op in ops)
+        texts = [prune_function(body) if op == "NMPrune" else matmul_function(body, op) for op in ops]
+        model.functions.extend(map(onnx.parser.parse_function, texts))
         model.shapeless.update(site.activation.name for site in sites if claims_sizes(site))
         return PassResult(self.name, len(ops), {"model": INSIDE} if inside else {})
 
@@ -94,12 +99,19 @@ def _complete_inputs(model: Model, sites: Sequence[Site], wanted: set[str]) -> N
         for name in sorted(missing, key=expected.index):
             while len(node.inputs) <= expected.index(name):
                 node.inputs.append(gs.Variable.empty())
-            node.inputs[expected.index(name)] = _neutral(constants, made, scope, site, name)
+            node.inputs[expected.index(name)] = _neutral(constants, made, scope, site, name, node)
 
 
-def _neutral(constants: Constants, made: dict, scope: str, site: Site, name: str) -> gs.Tensor:
+def _one_type(sites: Iterable[Site]) -> int:
+    """The element type of the activations; 0 if they differ."""
+    types = {site.elem for site in sites}
+    return types.pop() if len(types) == 1 else 0
+
+
+def _neutral(constants: Constants, made: dict, scope: str, site: Site, name: str, node: gs.Node) -> gs.Tensor:
     """A constant that changes nothing, one for each kind and, since functions have no initializers, each function."""
     half = site.elem == TensorProto.FLOAT16
+    bits, block = node.attrs.get("bits", 8), node.attrs.get("block_size", site.k)
     neutral: dict[str, np.ndarray] = {
         "bias": np.zeros(site.n, np.float16 if half else np.float32),
         "scale": np.ones(1, np.float32),
@@ -107,9 +119,10 @@ def _neutral(constants: Constants, made: dict, scope: str, site: Site, name: str
         "order": np.arange(site.k),
         "row_sum": np.zeros(site.n, np.float32),
         "dense": np.zeros(1, bool),
+        "zeros": np.full((blocks_of(site.k, block), site.n), DEFAULT_ZERO[bits], code_type(bits)),
     }
     values = neutral[name]
-    key = (function_of(scope), name, values.dtype, values.size)
+    key = (function_of(scope), name, values.dtype, values.shape)
     if key not in made:
         made[key] = constants.add(scope, f"nmonnx/no_{name}_{values.dtype}_{values.size}", values)
     return made[key]

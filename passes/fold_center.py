@@ -13,7 +13,7 @@ from onnx import TensorProto
 from nmonnx.errors import InputError
 from nmonnx.onnx_file.graph import Model
 from nmonnx.passes.behind import Edit, add_behind, end_of, product_with, settle
-from nmonnx.passes.bodies import INPUTS
+from nmonnx.passes.bodies import FUSED, INPUTS
 from nmonnx.passes.result import PassResult
 from nmonnx.passes.surgery import Constants, Names, function_of
 from nmonnx.pruning.emulated import OPS
@@ -24,8 +24,8 @@ from nmonnx.sites import Site
 class FoldCenter:
     """Give every layer whose prune has a center what makes up for it (D-PTS, arXiv 2509.22166).
 
-    1. An `NMMatMul` gets `row_sum` = r, summed in float64 and rounded to float32. Behind a prune-only layer stock ops
-       add eta r, eta being the second output of the prune; never is a dense activation made again.
+    1. A fused op gets `row_sum` = r, summed in float64 and rounded to float32. Behind a prune-only layer stock ops add
+       eta r, eta being the second output of the prune; never is a dense activation made again.
     2. A prune loses its center, and its layers are told with the reason, where that cannot be exact: see `FoldShift`.
     """
 
@@ -37,7 +37,7 @@ class FoldCenter:
         paths = {id(graph): path for path, graph in model.scopes()}
 
         def plan(site: Site, node: gs.Node) -> Edit | str:
-            if node.op != "NMMatMul":
+            if node.op not in FUSED:
                 end = _end_of(site, paths[id(site.splice_graph)])
                 if isinstance(end, str):
                     return end
@@ -58,7 +58,7 @@ class FoldCenter:
         self, model: Model, names: Names, constants: Constants, site: Site, node: gs.Node, values: np.ndarray
     ) -> None:
         row_sum = constants.declare(site.scope, f"{site.name}/row_sum", "row_sum", values)
-        if node.op == "NMMatMul":
+        if node.op in FUSED:
             missing = INPUTS[node.op].index("row_sum") - len(node.inputs)
             node.inputs += [*(gs.Variable.empty() for _ in range(missing)), row_sum]
             return

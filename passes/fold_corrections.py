@@ -194,7 +194,9 @@ class _Fold:
             del self.model.repacked[name]
         new = [v.nbytes for n, v in self.model.constants.items() if n not in self.before and n in read]
         new += [
-            byte_size(TensorProto(name=c.name, data_type=c.elem, dims=c.dims)) for c in self.model.computed.values()
+            byte_size(TensorProto(name=c.name, data_type=c.elem, dims=c.dims))
+            for c in self.model.computed.values()
+            if not c.source and c.name in read
         ]
         gone = {
             d["from"] for d in self.model.declared.values() if d["from"] in self.stored and d["from"] not in read

@@ -14,7 +14,7 @@ from nmonnx.digest import array_sha256
 from nmonnx.errors import InputError
 from nmonnx.onnx_file.graph import Model
 from nmonnx.passes.behind import Edit, add_behind, end_of, product_with, settle
-from nmonnx.passes.bodies import INPUTS
+from nmonnx.passes.bodies import FUSED, INPUTS
 from nmonnx.passes.result import PassResult
 from nmonnx.passes.surgery import Constants, Names, brought_by, nodes_of_sites, remove_dead
 from nmonnx.pruning.emulated import OPS
@@ -25,7 +25,7 @@ from nmonnx.sites import Site
 class FoldShift:
     """Give every layer whose prune has a shift what makes up for it (S-PTS, arXiv 2509.22166).
 
-    1. An `NMMatMul` gets the bias b + shift W, a prune-only layer an Add of the constant shift W behind it. It is
+    1. A fused op gets the bias b + shift W, a prune-only layer an Add of the constant shift W behind it. It is
        summed in float64 and rounded once to the type of the activation; a new constant, so that a bias or a weight with
        other readers stays what it is.
     2. A prune loses its shift, and its layers are told with the reason, where that cannot be exact: for a bias that is
@@ -66,10 +66,9 @@ class FoldShift:
         }
 
     def _plan(self, model: Model, names: Names, constants: Constants, site: Site, node: gs.Node) -> Edit | str:
-        fused = node.op == "NMMatMul"
-        place = INPUTS["NMMatMul"].index("bias")
+        fused = node.op in FUSED
         end = node if fused else end_of(site)
-        old = node.inputs[place].name if fused else ""
+        old = node.inputs[INPUTS[node.op].index("bias")].name if fused else ""
         own = _values(model, old) if old else np.zeros(1)
         if isinstance(end, str):
             return end
@@ -97,7 +96,7 @@ class FoldShift:
         old: str,
     ) -> None:
         if fused is not None:
-            place = INPUTS["NMMatMul"].index("bias")
+            place = INPUTS[fused.op].index("bias")
             fused.inputs[place] = constants.declare(site.scope, f"{site.name}/bias", "bias", values, old)
         else:
             addend = constants.declare(site.scope, f"{site.name}/added", "added", values)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_graphsurgeon as gs
 
 from nmonnx.onnx_file.graph import DOMAIN, Model
-from nmonnx.passes.bodies import CENTER_VALUES, CRITERION
+from nmonnx.passes.bodies import CENTER_VALUES, CRITERION, FUSED
 from nmonnx.passes.result import PassResult
 from nmonnx.passes.surgery import Constants, Names, note
 from nmonnx.pruning.treatment import Treatment
@@ -36,7 +36,7 @@ class InsertPrune:
         groups: dict[tuple[int, int, int], list[Site]] = {}
         left = {}
         for site in sites:
-            if any(producer.op in ("NMPrune", "NMMatMul") for producer in site.activation.inputs):
+            if any(producer.op in ("NMPrune", *FUSED) for producer in site.activation.inputs):
                 left[site.name] = "its input is pruned already"
             else:
                 treatment = id(self.treatments[site.name])

@@ -34,7 +34,8 @@ class PruneWeights:
             weight = site.fusable
             reader = _reader(site)
             if weight is None or weight.proto is None or weight.proto.name not in stored:
-                left[site.name] = site.not_fusable or "its weight is no initializer of the main graph"
+                quantised = "its weight is quantised" if site.quantised else ""
+                left[site.name] = site.not_fusable or quantised or "its weight is no initializer of the main graph"
             elif reader is None:
                 left[site.name] = "its weight comes through a node that other layers read too"
             else:

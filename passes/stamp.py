@@ -12,11 +12,15 @@ import nmonnx
 from nmonnx.digest import file_sha256
 from nmonnx.onnx_file.graph import Model
 from nmonnx.onnx_file.weight_pruning import PrunedWeight
+from nmonnx.passes.bodies import FUSED
 from nmonnx.passes.result import PassResult
 from nmonnx.passes.surgery import nodes_of_sites
 from nmonnx.pattern import pattern_text
 from nmonnx.pruning.recipe import Recipe
 from nmonnx.sites import Site, Skipped
+
+PACKED = "packed for NMMatMulNBits"
+"""How a tensor was changed that holds the codes, scales or zero points of a weight."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Stamp:
         records = _by_weight(model, sites) if self.recipe.prune == "weights" else _by_op(model, sites)
         records += [_left(skipped) for skipped in self.left if skipped.linear]
         changed = {t.name: {"from": t.source.name, "how": t.how} for t in model.repacked.values()}
+        packed = [t for t in model.computed.values() if t.source]
+        changed |= {t.name: {"from": t.source, "how": PACKED} for t in packed}
         entries = {
             "nmonnx.version": nmonnx.__version__,
             "nmonnx.recipe": self.recipe.to_json(),
@@ -85,7 +91,7 @@ def _by_weight(model: Model, sites: Sequence[Site]) -> list[dict[str, object]]:
 
 def _output(model: Model, site: Site, node: gs.Node) -> str:
     """The tensor that has the layer's result, in the original and here."""
-    if node.op == "NMMatMul":
+    if node.op in FUSED:
         return model.ends.get(site.name, node.outputs[0].name)
     return model.origin[id(site.node)].output[0]
 

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 
 from nmonnx.digest import array_sha256
 from nmonnx.onnx_file.graph import DOMAIN, Model
-from nmonnx.passes.bodies import INPUTS
+from nmonnx.passes.bodies import INPUTS, NEEDED
 from nmonnx.sites import Site
 
 
@@ -61,7 +61,7 @@ class Constants:
 def brought_by(node: gs.Node) -> list[str]:
     """Names of the optional inputs that a custom op has."""
     pairs = zip(INPUTS.get(node.op, ()), node.inputs, strict=False)
-    return [name for name, tensor in pairs if name not in ("x", "W") and tensor.name]
+    return [name for name, tensor in pairs if name not in NEEDED and tensor.name]
 
 
 def function_of(scope: str) -> str:

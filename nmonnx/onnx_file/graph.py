@@ -58,12 +58,14 @@ class Computed:
 
     elem, dims   TensorProto element type and shape
     values       the array, of that type and shape; called once for each time that it is needed
+    source       name of the stored tensor that holds the same values in another layout, "" for new ones
     """
 
     name: str
     elem: int
     dims: tuple[int, ...]
     values: Callable[[], np.ndarray]
+    source: str = ""
 
 
 @dataclass(eq=False)

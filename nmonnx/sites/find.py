@@ -147,6 +147,7 @@ def _checked(node: gs.Node, reading: Linear | Left) -> Linear | Left:
 
 
 def _site(product: Product, linear: Linear, splice: Splice) -> Site:
+    reachable = splice.direct or linear.codes  # codes are fused only where they stand for what is in front of them
     return Site(
         name=product.name,
         scope=product.scope.path,
@@ -163,9 +164,9 @@ def _site(product: Product, linear: Linear, splice: Splice) -> Site:
         block=product.block,
         initializer=linear.weight.name,
         texts=product.texts,
-        fusable=linear.fusable if splice.direct else None,
-        quantised=linear.quantised if splice.direct or linear.codes else None,
-        not_fusable=linear.not_fusable if splice.direct else linear.not_fusable or "its activation is quantised",
+        fusable=linear.fusable if reachable else None,
+        quantised=linear.quantised if reachable else None,
+        not_fusable=linear.not_fusable if reachable else linear.not_fusable or "its activation is quantised",
         read=linear.read,
     )
 
