@@ -11,11 +11,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nmonnx.errors import InputError
+
 CHUNK = 32
 """Columns of 4 bits that lie together."""
 
 DEFAULT_ZERO = {4: 8, 8: 0}
 """Bits -> the zero point where none is given."""
+
+BITS = {"int8": 8, "int4": 4}
+"""Words for a weight of so many bits."""
+
+BLOCK_SIZE = 32
+"""Channels that share a scale in a weight quantised here."""
 
 SMALLEST_BLOCK = 16
 """A block that does not cover every channel is a multiple of so many."""
@@ -34,12 +42,41 @@ class Quantised:
     scales: np.ndarray
     zeros: np.ndarray | None = None
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The inputs of the op."""
+        found = {"W": self.data, "scales": self.scales, "zeros": self.zeros}
+        return {slot: values for slot, values in found.items() if values is not None}
+
     def values(self) -> np.ndarray:
         """float32 [K, N]."""
         channels, columns = self.data.shape[0], self.scales.shape[1]
         codes = (unpack(self.data, columns) if self.bits == 4 else self.data).astype(np.float32)
         zero = DEFAULT_ZERO[self.bits] if self.zeros is None else along(self.zeros, self.block_size, channels)
         return (codes - zero) * along(self.scales, self.block_size, channels)
+
+
+@dataclass(frozen=True, eq=False)
+class Half:
+    """A weight in float16 [K, N]."""
+
+    data: np.ndarray
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"W": self.data}
+
+    def values(self) -> np.ndarray:
+        return self.data.astype(np.float32)
+
+
+def in_form(weight: np.ndarray, form: str) -> Quantised | Half:
+    """A weight [K, N] as "fp16", "int8" or "int4". Raises InputError, with the reason alone, where it has none."""
+    if form in BITS:
+        return quantise(weight, BITS[form])
+    with np.errstate(over="ignore"):
+        half = weight.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise InputError("it holds values that are not finite, or beyond the range of float16")
+    return Half(half)
 
 
 def along(rows: np.ndarray, block_size: int, channels: int) -> np.ndarray:
@@ -71,22 +108,22 @@ def unpack(data: np.ndarray, columns: int) -> np.ndarray:
     return np.concatenate([chunks & 15, chunks >> 4], axis=2).reshape(len(data), -1)[:, :columns]
 
 
-def quantise(weight: np.ndarray, bits: int, block_size: int, half_scales: bool = False) -> Quantised:
+def quantise(weight: np.ndarray, bits: int, block_size: int = BLOCK_SIZE) -> Quantised:
     """A weight float32 [K, N], rounded to the nearest of 2^bits steps around 0 in each block of each column.
 
     The value of the largest magnitude gets the lowest code, -2^(bits - 1), or where that spares squared error a little
-    less: the best of a few scales is taken. `half_scales` stores them in float16, unless one is out of its range.
-    Raises ValueError for values that are not finite.
+    less: the best of a few scales is taken. They are float16, or float32 where one is out of that range. Raises
+    InputError, with the reason alone, for values that are not finite.
     """
     if not np.isfinite(weight).all():
-        raise ValueError("it holds values that are not finite")
+        raise InputError("it holds values that are not finite")
     channels, columns = weight.shape
     blocks, lowest = blocks_of(channels, block_size), -(1 << (bits - 1))
     padded = np.pad(weight.astype(np.float32, copy=False), ((0, blocks * block_size - channels), (0, 0)))
     cut = padded.reshape(blocks, block_size, columns)
     high, low = cut.max(axis=1), cut.min(axis=1)
     widest = np.where(high > -low, high, low) / np.float32(lowest)
-    kind = np.float16 if half_scales and _fits_half(widest) else np.float32
+    kind = np.float16 if _fits_half(widest) else np.float32
     best, scales, codes = np.full(widest.shape, np.inf, np.float32), np.zeros_like(widest), np.zeros(cut.shape, np.int8)
     for factor in _SEARCHED[bits]:
         tried = (widest * np.float32(factor)).astype(kind).astype(np.float32)

@@ -19,6 +19,7 @@ from nmonnx.passes.fold_shift import FoldShift
 from nmonnx.passes.fuse_matmul import FuseMatMul
 from nmonnx.passes.insert_prune import InsertPrune
 from nmonnx.passes.prune_weights import PruneWeights
+from nmonnx.passes.quantise_weights import QuantiseWeights
 from nmonnx.passes.result import PassResult
 from nmonnx.passes.stamp import Stamp
 from nmonnx.passes.token_policy import TokenPolicy
@@ -39,6 +40,7 @@ __all__ = [
     "Pass",
     "PassResult",
     "PruneWeights",
+    "QuantiseWeights",
     "Stamp",
     "pipeline",
     "run",
@@ -68,8 +70,9 @@ def pipeline(
         return (PruneWeights(plan.treatments), Stamp(recipe, tuple(left)))
     return (
         EmulatePrune(op, plan.treatments) if op else InsertPrune(plan.treatments),
-        FuseMatMul("prune" if op else recipe.kernel),
-        FoldCorrections(corrections),
+        FuseMatMul("prune" if op else recipe.kernel, smaller=recipe.weights != "keep"),
+        FoldCorrections(corrections, recipe.weights),
+        QuantiseWeights(recipe.weights),
         FoldShift(),
         FoldCenter(),
         DenseTokens(TokenPolicy(recipe.phase, recipe.dense_prefix)),

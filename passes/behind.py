@@ -75,9 +75,11 @@ def end_of(site: Site) -> gs.Node | str:
     return node
 
 
-def product_with(site: Site, rows: np.ndarray) -> np.ndarray | str:
-    """alpha rows [K] W as float64 [N], or the reason why there is no such thing. Raises InputError as `Site.weight`."""
-    weight = site.weight()
+def product_with(model: Model, site: Site, rows: np.ndarray) -> np.ndarray | str:
+    """alpha rows [K] W as float64 [N], with the W that the layer has now, or the reason why there is no such thing.
+    Raises InputError as `Site.weight`."""
+    new = model.weights.get(site.name)
+    weight = new.values() if new else site.weight()
     if weight.ndim != 2:
         return f"its weight has {weight.ndim} axes, not 2"
     return site.alpha * (np.broadcast_to(rows, site.k).astype(np.float64) @ weight.astype(np.float64))

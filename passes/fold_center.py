@@ -42,7 +42,7 @@ class FoldCenter:
                 if isinstance(end, str):
                     return end
             try:
-                made = product_with(site, np.ones(1))
+                made = product_with(model, site, np.ones(1))
             except InputError as e:
                 return str(e)
             if isinstance(made, str):

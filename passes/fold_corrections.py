@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +12,13 @@ from onnx import TensorProto, helper
 
 from nmonnx.digest import array_sha256
 from nmonnx.errors import InputError
+from nmonnx.nbits import in_form
 from nmonnx.onnx_file.graph import Computed, Model
 from nmonnx.onnx_file.tensors import byte_size
 from nmonnx.passes.behind import add_behind, end_of, low_rank
+from nmonnx.passes.bodies import FUSED, INPUTS
 from nmonnx.passes.fold_shift import FoldShift, shift_of
+from nmonnx.passes.quantise_weights import would_be_stored_twice
 from nmonnx.passes.result import PassResult
 from nmonnx.passes.surgery import Constants, Names, brought_by, function_of, nodes_of_sites, remove_dead
 from nmonnx.passes.weight_place import Place, embedded_weights, weight_place
@@ -34,17 +37,19 @@ class FoldCorrections:
        behind the layer. `low` becomes x A B, added behind the layer.
     4. Of MatMulNBits a scale goes into the scales of its groups; a new weight would have to be quantised anew.
     5. A shift that `FoldShift` would have to drop, for another layer behind the prune, is left to it.
-    6. What cannot be folded whole is left alone with the reason: `weight_place` says which weights. So is what the fit
+    6. Where `QuantiseWeights` will store W' as `weights`, b' is of what that will be.
+    7. What cannot be folded whole is left alone with the reason: `weight_place` says which weights. So is what the fit
        refused. Its prune keeps the shift that was fitted, which `FoldShift` makes up for.
     """
 
     corrections: Corrections | None = None
+    weights: str = "keep"
     name: str = "fold-corrections"
 
     def apply(self, model: Model, sites: Sequence[Site]) -> PassResult:
         if self.corrections is None or "nmonnx.fit" in model.metadata:
             return PassResult(self.name)
-        fold, left, done = _Fold(model, self.name, sites), {}, {}
+        fold, left, done = _Fold(model, self.name, sites, self.weights), {}, {}
         for site in sites:
             if site.name in self.corrections.refused:
                 left[site.name] = self.corrections.refused[site.name]
@@ -62,8 +67,8 @@ class FoldCorrections:
 
 
 class _Fold:
-    def __init__(self, model: Model, made_by: str, sites: Sequence[Site]) -> None:
-        self.model, self.made_by = model, made_by
+    def __init__(self, model: Model, made_by: str, sites: Sequence[Site], weights: str) -> None:
+        self.model, self.made_by, self.weights = model, made_by, weights
         self.names = Names(model)
         self.constants = Constants(model, self.names)
         self.nodes = dict(nodes_of_sites(model))
@@ -77,7 +82,7 @@ class _Fold:
         op = self.nodes.get(site.name)
         if op is None:
             return "it is not pruned"
-        node = op if op.op == "NMMatMul" else site.node
+        node = op if op.op in FUSED else site.node
         correction = corrections.sites[site.name]
         if site.name in self.shiftless:
             return f"its shift cannot be made up for: {self.shiftless[site.name]}"
@@ -94,13 +99,13 @@ class _Fold:
             axes = site.weight().ndim
             if axes != 2:
                 return f"its weight has {axes} axes, not 2"
-            bias = added_bias(correction, site, shift)
+            bias = added_bias(correction, site, shift, self._will_be(site, node))
         except InputError as e:
             return str(e)
         if not np.isfinite(bias.astype(helper.tensor_dtype_to_np_dtype(site.elem))).all():
             return "its new bias is out of the range of its type"
         into = self._bias_place(site, node)
-        end = node if op.op == "NMMatMul" else end_of(site)
+        end = node if op.op in FUSED else end_of(site)
         if isinstance(into, str):
             return into
         if isinstance(end, str) and (correction.low is not None or (bias.any() and into is None)):
@@ -122,13 +127,19 @@ class _Fold:
         self.model.settled.add(site.name)
         return ""
 
+    def _will_be(self, site: Site, node: gs.Node) -> Callable[[np.ndarray], np.ndarray]:
+        """W' -> the weight that the layer will read."""
+        if self.weights == "keep" or node.op != "NMMatMul" or would_be_stored_twice(site, node):
+            return lambda weight: weight
+        return lambda weight: in_form(weight, self.weights).values()
+
     def _shift(self, op: gs.Node) -> np.ndarray | None:
         return shift_of(self.model, op) if "shift" in brought_by(op) else None
 
     def _add(self, site: Site, end: gs.Node | str, addend: gs.Tensor) -> gs.Node:
         """Add something behind a layer or what was added before; returns the last node."""
         assert isinstance(end, gs.Node)
-        if end.op == "NMMatMul":
+        if end.op in FUSED:
             self.model.ends[site.name] = end.outputs[0].name
         return add_behind(self.model, self.names, site, self.made_by, addend, end=end)
 
@@ -137,6 +148,8 @@ class _Fold:
         if correction.weight is None and correction.low is None:
             if correction.scale is None:
                 return None
+            if node.op == "NMMatMulNBits":
+                return None
             if node.op == "MatMulNBits":
                 known = node.inputs[2].name in self.stored
                 return None if known else "the scales of its weight are not stored in the main graph"
@@ -144,10 +157,11 @@ class _Fold:
 
     def _bias_place(self, site: Site, node: gs.Node) -> int | str | None:
         """The input of `node` that takes a bias; None: it goes behind the layer."""
-        if node.op == "NMMatMul":
-            bias = _input(node, 2)
+        if node.op in FUSED:
+            place = INPUTS[node.op].index("bias")
+            bias = _input(node, place)
             known = bias is None or bias.name in self.stored
-            return 2 if known else f"its bias {bias.name!r} is no constant that can be read"  # type: ignore[union-attr]
+            return place if known else f"its bias {bias.name!r} is no constant that can be read"  # type: ignore[union-attr]
         if node.op == "Gemm" and node.attrs.get("beta", 1.0) == 1.0 and not function_of(site.scope):
             c = _input(node, 2)
             if c is None or (c.name in self.stored and tuple(self.stored[c.name].dims) in ((site.n,), (1, site.n))):
@@ -166,6 +180,17 @@ class _Fold:
         self._feed(place.node, place.slot, gs.Variable(name))
 
     def _put_scales(self, site: Site, node: gs.Node, scale: np.ndarray) -> None:
+        if node.op == "NMMatMulNBits":
+            place = INPUTS[node.op].index("scales")
+            rows = self.model.computed[node.inputs[place].name]
+            made = rows.values().astype(np.float32) * scale
+            stored = self.constants.declare(
+                site.scope, f"{site.name}/scales", "scales", in_type(made, rows.elem), rows.source
+            )
+            self._feed(node, place, stored)
+            if rows.name not in _read_names(self.model):
+                del self.model.computed[rows.name]
+            return
         old = self.model.tensors.array(self.stored[node.inputs[2].name])
         new = (old.astype(np.float32).reshape(site.n, -1) * scale[:, None]).reshape(old.shape).astype(old.dtype)
         stored = self.constants.declare(site.scope, f"{site.name}/scales", "scales", new, node.inputs[2].name)

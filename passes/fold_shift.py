@@ -75,7 +75,7 @@ class FoldShift:
         if own is None:
             return f"its bias {old!r} is no constant that can be read"
         try:
-            made = product_with(site, shift_of(model, node))
+            made = product_with(model, site, shift_of(model, node))
         except InputError as e:
             return str(e)
         if isinstance(made, str):

@@ -35,15 +35,20 @@ def repacked(site: Site) -> Parts:
         return pack(how.codes()) if how.bits == 4 else how.codes()
 
     parts = {
-        "W": part(code_type(how.bits), packed_shape(site.k, site.n, how.bits), data),
-        "scales": part(scales.dtype, scales.shape, how.scales),
+        "W": _part(code_type(how.bits), packed_shape(site.k, site.n, how.bits), data),
+        "scales": part(scales, how.scales),
     }
     if zeros is not None:
-        parts["zeros"] = part(zeros.dtype, zeros.shape, lambda: zeros)
+        parts["zeros"] = part(zeros, lambda: zeros)
     return {slot: replace(made, source=how.sources.get(slot, how.sources["W"])) for slot, made in parts.items()}
 
 
-def part(dtype: np.dtype, dims: tuple[int, ...], values: Callable[[], np.ndarray]) -> Computed:
+def part(like: np.ndarray, values: Callable[[], np.ndarray]) -> Computed:
+    """An initializer of the type and shape of an array, which `values` makes again."""
+    return _part(like.dtype, like.shape, values)
+
+
+def _part(dtype: np.dtype, dims: tuple[int, ...], values: Callable[[], np.ndarray]) -> Computed:
     return Computed("", helper.np_dtype_to_tensor_dtype(dtype), dims, values)
 
 

@@ -56,7 +56,9 @@ class Stamp:
         return PassResult(self.name, len(new))
 
 
-def _pruned(site: Site, pattern: str, kernel: str, output: str) -> dict[str, object]:
+def _pruned(model: Model, site: Site, pattern: str, kernel: str, output: str) -> dict[str, object]:
+    new = model.weights.get(site.name)
+    told = {"weights": new.form, "weight_error": new.error} if new else {}
     return {
         "name": site.name,
         "op": site.op,
@@ -70,6 +72,7 @@ def _pruned(site: Site, pattern: str, kernel: str, output: str) -> dict[str, obj
         "activation": site.activation.name,
         "output": output,
         "scope": site.scope,
+        **told,
     }
 
 
@@ -77,7 +80,7 @@ def _by_op(model: Model, sites: Sequence[Site]) -> list[dict[str, object]]:
     """The layers whose activation an op prunes."""
     nodes = dict(nodes_of_sites(model))
     return [
-        _pruned(site, pattern_text(node.attrs["keep"], node.attrs["group"]), node.op, _output(model, site, node))
+        _pruned(model, site, pattern_text(node.attrs["keep"], node.attrs["group"]), node.op, _output(model, site, node))
         for site in sites
         if (node := nodes.get(site.name)) is not None
     ]
@@ -86,7 +89,7 @@ def _by_op(model: Model, sites: Sequence[Site]) -> list[dict[str, object]]:
 def _by_weight(model: Model, sites: Sequence[Site]) -> list[dict[str, object]]:
     """The layers whose weight is pruned."""
     made = {t.source.name: str(t.pattern) for t in model.repacked.values() if isinstance(t, PrunedWeight)}
-    return [_pruned(s, made[s.initializer], "weights", s.output) for s in sites if s.initializer in made]
+    return [_pruned(model, s, made[s.initializer], "weights", s.output) for s in sites if s.initializer in made]
 
 
 def _output(model: Model, site: Site, node: gs.Node) -> str:

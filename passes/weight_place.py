@@ -45,7 +45,7 @@ def weight_place(model: Model, site: Site, node: gs.Node, embedded: set[str]) ->
         behind_cast = any(producer.op == "Cast" for producer in node.inputs[1].inputs)
         elem = site.fusable.elem if site.fusable is not None and not behind_cast else site.elem
         return Place(node, 1, elem, False)
-    if node.op == "MatMulNBits":
+    if node.op in ("MatMulNBits", "NMMatMulNBits"):
         return REQUANTISED
     if node.domain not in (None, "", "ai.onnx") or node.op not in ("MatMul", "Gemm"):
         return f"a weight of operator {node.op} cannot be replaced"

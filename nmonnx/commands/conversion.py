@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
@@ -37,8 +38,8 @@ def conversion(done: Conversion, verbose: bool = False) -> Report:
     )
     each = table(
         "Layers",
-        ("layer", "role", "K", "N", "now", "drops (as it lies, bound)"),
-        [(r["name"], r["role"], r["k"], r["n"], _now(r), _drops(done, r["name"])) for r in done.records],
+        ("layer", "role", "K", "N", "now", "weight error", "drops (as it lies, bound)"),
+        [(r["name"], r["role"], r["k"], r["n"], _now(r), _error(r), _drops(done, r["name"])) for r in done.records],
     )
     data = {
         "command": "convert",
@@ -68,6 +69,7 @@ def _how_chosen(done: Conversion, pruned: list[dict[str, Any]]) -> list[str]:
     if recipe.mitigations:
         words.append(f"Mitigations: {', '.join(recipe.mitigations)}.")
     words += _how_corrected(done)
+    words += _how_stored(done, pruned)
     words += _which_tokens(done)
     for what in ("shift", "center"):
         unfolded = _left_by(done, f"fold-{what}")
@@ -102,6 +104,10 @@ def _now(record: dict[str, Any]) -> str:
     return pruned or f"left: {record['reason']}"
 
 
+def _error(record: dict[str, Any]) -> str:
+    return f"{record['weight_error']:.2%}" if "weights" in record else ""
+
+
 def _drops(done: Conversion, name: str) -> str:
     spared = done.plan.lost.get(name)
     return f"{spared.order:.2%} ({spared.lie:.2%}, {spared.bound:.2%})" if spared else ""
@@ -127,6 +133,24 @@ def _how_corrected(done: Conversion) -> list[str]:
         return []
     words = [f"Corrections folded: {counted(fold.changed, 'layer')}; {fold.bytes:+,} bytes of weights."]
     return words + tally("Not folded: ", Counter(map(brief, fold.left.values())))
+
+
+def _how_stored(done: Conversion, pruned: list[dict[str, Any]]) -> list[str]:
+    """What the weights that are stored in fewer bits lose."""
+    new = [r for r in pruned if "weights" in r]
+    if done.recipe.weights == "keep":
+        return []
+    left = tally("Not stored so: ", _left_by(done, "quantise-weights"))
+    if not new:
+        return [f"No weight is stored as {done.recipe.weights}.", *left]
+    worst = max(new, key=lambda r: r["weight_error"])
+    squares = [r["weight_error"] ** 2 for r in new]
+    words = (
+        f"Weights of {counted(len(new), 'layer')} as {done.recipe.weights}: they differ by"
+        f" {100 * math.sqrt(sum(squares) / len(squares)):.2f} % (Frobenius norm, root mean square over layers),"
+        f" {100 * worst['weight_error']:.2f} % in the worst, {worst['name']}."
+    )
+    return [words, *left]
 
 
 def _why_left(left: list[dict[str, Any]]) -> Counter[tuple[str, str]]:

@@ -94,6 +94,10 @@ def command(
         Optional[str],  # noqa: UP045
         typer.Option(help="auto, fused (NMMatMul wherever possible) or prune (NMPrune only). [default: auto]"),
     ] = None,
+    weights: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Store the weights of the fused layers as fp16, int8 or int4, or keep them. [default: keep]"),
+    ] = None,
     fallback: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="function (runs without the library too, slower) or none. [default: function]"),
@@ -130,6 +134,7 @@ def command(
         "phase": phase,
         "dense_prefix": dense_prefix,
         "kernel": kernel,
+        "weights": weights,
         "fallback": fallback,
     }
     entries = asked(flags, preset)

@@ -68,6 +68,20 @@ class Computed:
     source: str = ""
 
 
+@dataclass(frozen=True, eq=False)
+class NewWeight:
+    """A weight that a pass stored in another form than the original has it.
+
+    form    "fp16", "int8" or "int4"
+    error   |W' - W| / |W|, Frobenius norms
+    values  W' as float32 [K, N], made when it is wanted
+    """
+
+    form: str
+    error: float
+    values: Callable[[], np.ndarray]
+
+
 @dataclass(eq=False)
 class Model:
     """A model that passes may edit.
@@ -87,6 +101,7 @@ class Model:
     shapeless tensors whose recorded shape is dropped, because something now computes with it
     ends      site name -> the tensor that has the layer's result, where nodes were added behind its `NMMatMul`
     settled   names of sites whose bias makes up for their shift already
+    weights   site name -> the weight of another form that its op reads
     """
 
     path: Path
@@ -104,6 +119,7 @@ class Model:
     shapeless: set[str] = field(default_factory=set)
     ends: dict[str, str] = field(default_factory=dict)
     settled: set[str] = field(default_factory=set)
+    weights: dict[str, NewWeight] = field(default_factory=dict)
     origin: dict[int, NodeProto] = field(default_factory=dict)
     alive: list[gs.Node] = field(default_factory=list)
 

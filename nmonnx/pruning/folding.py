@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from onnx import helper
 
@@ -18,13 +20,16 @@ def folded_weight(correction: Correction, site: Site) -> np.ndarray:
     return weight if correction.scale is None else weight * correction.scale
 
 
-def added_bias(correction: Correction, site: Site, shift: np.ndarray | None) -> np.ndarray:
-    """bias + shift W' as float64 [N]: what comes on top of the layer's own bias. `shift` is [K] or [1]."""
+def added_bias(
+    correction: Correction, site: Site, shift: np.ndarray | None, stored: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """bias + shift W' as float64 [N]: what comes on top of the layer's own bias. `shift` is [K] or [1]; `stored` says
+    what W' is once it is stored."""
     bias = np.zeros(site.n) if correction.bias is None else correction.bias.astype(np.float64)
     if shift is None:
         return bias
     wide = np.broadcast_to(shift, site.k).astype(np.float64)
-    return bias + wide @ folded_weight(correction, site).astype(np.float64)
+    return bias + wide @ stored(folded_weight(correction, site)).astype(np.float64)
 
 
 def in_type(values: np.ndarray, elem: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from nmonnx.yaml_file import read_yaml
 
 KERNELS = ("auto", "prune", "fused")
 FALLBACKS = ("function", "none")
+WEIGHTS = ("keep", "fp16", "int8", "int4")
 SHARES = ("joint", "separate")
 PRUNED = ("activations", "weights")
 ORDERS = ("none", "deal", "swap")
@@ -38,6 +39,7 @@ _WORDS = {
     "phase": PHASES,
     "kernel": KERNELS,
     "fallback": FALLBACKS,
+    "weights": WEIGHTS,
 }
 
 
@@ -70,6 +72,7 @@ class Recipe:
     dense_prefix tokens at positions before this one stay dense
     kernel    "auto": prune and multiply in one op where that pays; "fused": wherever it can be done;
               "prune": prune only, the linear layers stay as they are
+    weights   "fp16", "int8", "int4": store the weights of the fused layers so; "keep": as they are
     fallback  "function": embed the ops as model-local functions of stock ops, so that the file runs without
               the library; "none": do not
     """
@@ -91,6 +94,7 @@ class Recipe:
     phase: str = "both"
     dense_prefix: int = 0
     kernel: str = "auto"
+    weights: str = "keep"
     fallback: str = "function"
 
     def __post_init__(self) -> None:
@@ -116,6 +120,10 @@ class Recipe:
             raise UsageError(f"rank {self.rank} must be 1 or more")
         if self.patterns and self.allocate != "uniform":
             raise UsageError("patterns for single layers and an allocation exclude each other; give one of them")
+        if self.weights != "keep" and (self.kernel == "prune" or self.prune == "weights" or self.emulated):
+            raise UsageError(
+                f"weights {self.weights} are for the ops that prune and multiply in one, and there is none"
+            )
         if self.prune == "weights":
             plain = {"criterion": "act", "scope": "token", "mitigations": (), "allocate": "uniform", "order": "none"}
             wrong = [key for key, value in {**plain, **_EVERY_TOKEN}.items() if getattr(self, key) != value]

@@ -35,6 +35,7 @@ from nmonnx.validate.result import (
     unmeasured,
 )
 from nmonnx.validate.sites import measure_sites
+from nmonnx.validate.stored_weights import check_stored_weights
 from nmonnx.validate.structure import check_structure
 
 __all__ = ["Check", "Language", "LanguageRecord", "OutputRecord", "Report", "SiteRecord", "Thresholds", "validate"]
@@ -73,6 +74,7 @@ def validate(
         refuse_foreign(original, {"corrections": fit})
     found = find_sites(load(original))
     checks = [*check_structure(pair, _linear_names(found)), check_fallback(pair, found.sites)]
+    checks += check_stored_weights(pair, found.sites)
     unseen, _ = measure_sites(pair, found.sites, [], threads)
     proven = Report(original, converted, pair.claims.recipe, tuple(checks), sites=tuple(unseen))
     say("running the original")

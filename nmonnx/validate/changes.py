@@ -20,6 +20,7 @@ from nmonnx.diff.edits import (
     ValueEdit,
 )
 from nmonnx.onnx_file.graph import DOMAIN
+from nmonnx.passes.bodies import FUSED
 from nmonnx.validate.claims import Claim
 from nmonnx.validate.scopes import Key, Scopes, Trail, factors
 
@@ -27,7 +28,7 @@ from nmonnx.validate.scopes import Key, Scopes, Trail, factors
 class Explained:
     """What the pruned layers account for.
 
-    fused     nodes that an NMMatMul stands for, with the op
+    fused     nodes that a fused op stands for, with the op
     inserted  the ops themselves, and constants that they alone read
     removed   nodes that only served what is dropped: fused layers, and Constant nodes that a new constant stands for
     rewired   (node, input) -> tensors that a layer may read there instead of its activation
@@ -55,9 +56,11 @@ class Explained:
         self.inserted |= after.own.keys()
         self.fallbacks |= {f"{DOMAIN}::{node.op_type}" for node in after.own.values()}
         self.read.add((claim.scope, claim.activation))
-        if claim.kernel == "NMMatMul":
+        if claim.kernel in FUSED:
             self.fused |= {key for key, node in after.own.items() if claim.output in node.output}
             self.dropped |= before.nodes.keys()
+            if claim.kernel == "NMMatMulNBits":  # zero points of no effect, and what quantised the activation
+                self.replaced |= {name for _, name in before.leaves}
             return
         outputs = {output for node in after.own.values() for output in node.output}
         for key, node in before.nodes.items():

@@ -18,7 +18,8 @@ from nmonnx.pruning.recipe import Recipe
 @dataclass(frozen=True)
 class Claim:
     """One linear layer as the conversion recorded it; `activation` and `output` are tensor names in `scope`, the
-    activation is "" for a layer that was left."""
+    activation is "" for a layer that was left. `weights` is the form in which its weight is stored, "" for that of the
+    original, `weight_error` by how much that differs."""
 
     name: str
     op: str
@@ -33,6 +34,8 @@ class Claim:
     pattern: str = ""
     kernel: str = ""
     reason: str = ""
+    weights: str = ""
+    weight_error: float | None = None
 
     @property
     def pruned(self) -> bool:

@@ -10,8 +10,9 @@ import numpy as np
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper
 
 from nmonnx.feeds.sample import explain
+from nmonnx.nbits import CHUNK, Quantised, blocks_of, pack
 from nmonnx.onnx_file.graph import DOMAIN
-from nmonnx.passes.bodies import CENTER_VALUES
+from nmonnx.passes.bodies import CENTER_VALUES, FUSED
 from nmonnx.pattern import MAX_GROUP
 from nmonnx.pruning.emulated import OPS, select
 from nmonnx.reference import Center, center_of, prune, prune_matmul
@@ -36,7 +37,8 @@ _CHANNELS = 100
 @dataclass(frozen=True)
 class _Use:
     """How the ops of a model use a function; what one trial stands for. `brought` are the inputs that an op gives,
-    `variance` and `center` its attributes, None where it has none; `ends` how many outputs it names."""
+    `variance` and `center` its attributes, None where it has none; `ends` how many outputs it names. The rest is of a
+    weight of whole numbers: types of its scales and zero points, 0 where there is none."""
 
     op: str
     keep: int
@@ -47,6 +49,10 @@ class _Use:
     variance: int | None
     center: int | None
     ends: int
+    bits: int = 0
+    block_size: int = 0
+    scales: int = 0
+    zeros: int = 0
 
     @property
     def about(self) -> Center | None:
@@ -73,7 +79,16 @@ def _uses(pair: Pair, sites: Sequence[Site]) -> Iterator[_Use]:
                 given = zip(SLOTS.get(node.op_type, ()), node.input, strict=False)
                 brought = tuple(slot for slot, name in given if name)
                 asked = (options.get("variance"), options.get("center"), len(node.output))
-                yield _Use(node.op_type, keep, group, site.k % group, site.elem, brought, *asked)
+                weight = (options.get("bits", 0), options.get("block_size", 0), *_types(pair, scope.path, node))
+                yield _Use(node.op_type, keep, group, site.k % group, site.elem, brought, *asked, *weight)
+
+
+def _types(pair: Pair, scope: str, node: NodeProto) -> tuple[int, int]:
+    """Element types of scales and zeros."""
+    inputs = pair.inputs_of(scope, node)
+    stored = [pair.new.initializer(inputs[slot]) if slot in inputs else None for slot in ("scales", "zeros")]
+    scales, zeros = (tensor.data_type if tensor is not None else 0 for tensor in stored)
+    return scales, zeros
 
 
 def _faults(model: ModelProto, function: FunctionProto, use: _Use) -> Iterator[str]:
@@ -111,7 +126,25 @@ def _arrays(use: _Use) -> dict[str, np.ndarray]:
         "threshold": np.array([2.0], np.float32),
         "dense": rng.integers(0, 2, _ROWS).astype(bool),
     }
+    if use.bits:
+        values |= _packed(rng, k, use)
     return {slot: values[slot] for slot in use.brought}
+
+
+def _packed(rng: np.random.Generator, k: int, use: _Use) -> dict[str, np.ndarray]:
+    """A weight of whole numbers; its values are whole or halves."""
+    low, high = (-8, 8) if use.bits == 8 else (0, 16)
+    columns = CHUNK + _COLUMNS
+    codes, shape = rng.integers(low, high, (k, columns)), (blocks_of(k, use.block_size), columns)
+    values = {
+        "W": codes.astype(np.int8) if use.bits == 8 else pack(codes.astype(np.uint8)),
+        "scales": rng.choice([0.5, 1, 2], shape).astype(helper.tensor_dtype_to_np_dtype(use.scales)),
+        **{slot: rng.integers(-8, 9, columns).astype(np.float32) for slot in ("bias", "row_sum")},
+    }
+    values["bias"] = values["bias"].astype(_DTYPES[use.elem])
+    if use.zeros:
+        values["zeros"] = rng.integers(low, high, shape).astype(helper.tensor_dtype_to_np_dtype(use.zeros))
+    return values
 
 
 def _trial(model: ModelProto, function: FunctionProto, use: _Use, arrays: dict[str, np.ndarray]) -> ModelProto:
@@ -121,6 +154,7 @@ def _trial(model: ModelProto, function: FunctionProto, use: _Use, arrays: dict[s
     node.input.extend(slot if slot in arrays else "" for slot in SLOTS.get(use.op, ())[: len(function.input)])
     node.attribute.extend([helper.make_attribute("keep", use.keep), helper.make_attribute("group", use.group)])
     asked = {"variance": use.variance, "center": use.center}
+    asked |= {"bits": use.bits, "block_size": use.block_size} if use.bits else {}
     node.attribute.extend(helper.make_attribute(name, value) for name, value in asked.items() if value is not None)
     inputs = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(a.dtype), [None] * a.ndim)
@@ -161,11 +195,14 @@ def _wanted(feed: dict[str, np.ndarray], use: _Use) -> list[np.ndarray]:
         made = select(use.op, x, use.keep, use.group, threshold=feed.get("threshold"), **criterion)
     elif use.op == "NMPrune":
         made = prune(x, use.keep, use.group, **criterion)
-    if use.op != "NMMatMul":
+    if use.op not in FUSED:
         center = center_of(x, use.about, feed.get("shift")) if use.about else np.zeros((len(x), 1))
         return [made, center.astype(dtype)]
     row_sum = feed.get("row_sum")
-    exact = prune_matmul(x, feed["W"], use.keep, use.group, feed.get("bias"), **criterion, row_sum=row_sum)
+    weight = feed["W"]
+    if use.bits:
+        weight = Quantised(use.bits, use.block_size, weight, feed["scales"], feed.get("zeros")).values()
+    exact = prune_matmul(x, weight, use.keep, use.group, feed.get("bias"), **criterion, row_sum=row_sum)
     return [exact.astype(dtype)]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import helper
 
+from nmonnx.passes.bodies import FUSED
 from nmonnx.validate.additions import Addition
 from nmonnx.validate.claims import Claim
 from nmonnx.validate.pair import Pair
@@ -111,7 +112,7 @@ def folded_of(pair: Pair, claim: Claim, trail: Trail) -> FoldedLayer:
     addition = pair.additions.get(claim.name)
     swapped = "W" in constants and _is_transposed(pair, constants["W"], trail)
     has_bias = "bias" in pair.claims.fitted[claim.name]
-    return FoldedLayer(pair, constants, swapped, addition, claim.kernel == "NMMatMul", has_bias)
+    return FoldedLayer(pair, constants, swapped, addition, claim.kernel in FUSED, has_bias)
 
 
 def _stored(pair: Pair, trail: Trail) -> set[Key]:

@@ -34,7 +34,7 @@ class Folds:
         declared, values = self.pair.claims.constants[key[1]], self.pair.constant(key)
         if values is None:
             yield f"constant {key[1]!r} is not stored"
-        elif declared.input not in FOLDED or claim.name not in self.pair.claims.fitted:
+        elif declared.input not in FOLDED or not (claim.weights or claim.name in self.pair.claims.fitted):
             yield f"constant {key[1]!r} is new, and no correction of this layer is recorded"
         elif array_sha256(values) != declared.sha256:
             yield f"constant {key[1]!r} is not what was folded"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto
 
-from nmonnx.passes.bodies import CENTER_VALUES
+from nmonnx.passes.bodies import CENTER_VALUES, FUSED, NEEDED
 from nmonnx.pattern import Pattern
 from nmonnx.pruning.emulated import OPS, select
 from nmonnx.records.corrections import Correction
@@ -19,6 +19,7 @@ from nmonnx.validate.additions import Addition
 from nmonnx.validate.claims import Claim
 from nmonnx.validate.folded_layer import FoldedLayer, folded_of
 from nmonnx.validate.pair import Pair
+from nmonnx.validate.stored_weights import own_weight, values_of
 
 
 @dataclass(eq=False)
@@ -30,7 +31,7 @@ class Probe:
     `own_bias` is what a folded bias stands for in the original; `misfold` how far the folded one is from what it should
     be, `missum` the same of what the rows of the weight add up to. `addition` is added behind the layer, `folded` what
     a correction changed, `correction` what it should be, `outputs` the original's of the rows `before`, and `beyond`
-    how far the layer is from that."""
+    how far the layer is from that. `own_weight` makes the weight of a fused op that is stored in another way."""
 
     claim: Claim
     node: NodeProto | None
@@ -40,6 +41,7 @@ class Probe:
     own_bias: np.ndarray | None = None
     addition: Addition | None = None
     folded: FoldedLayer = field(default_factory=lambda: FoldedLayer())
+    own_weight: Callable[[], np.ndarray] | None = None
     correction: Correction | None = None
     outputs: list[np.ndarray] = field(default_factory=list)
     beyond: float | None = None
@@ -68,7 +70,16 @@ class Probe:
 
     @property
     def fused(self) -> bool:
-        return self.claim.kernel == "NMMatMul"
+        return self.claim.kernel in FUSED
+
+    @property
+    def step(self) -> float:
+        """Half a step of the whole numbers that `NMMatMulNBits` may round an activation to, in parts of the largest."""
+        if self.claim.kernel != "NMMatMulNBits" or self.node is None:
+            return 0.0
+        asked = {a.name: a.i for a in self.node.attribute}
+        eight = asked.get("bits") == 4 and asked.get("accuracy_level") == 4
+        return 0.5 / ((1 << (7 if eight else 15)) - 1)
 
     @property
     def variance(self) -> bool:
@@ -140,7 +151,7 @@ def probe_of(pair: Pair, claim: Claim) -> Probe:
         return Probe(claim, None, "it has no op of its own")
     probe = Probe(claim, ops[0], addition=pair.additions.get(claim.name))
     for slot, key in pair.inputs_of("", ops[0]).items():
-        if slot in ("x", "W"):
+        if slot in (*NEEDED, "zeros"):
             continue
         values = pair.constant(key)
         if values is None:
@@ -150,6 +161,9 @@ def probe_of(pair: Pair, claim: Claim) -> Probe:
         if slot == "bias":
             probe.own_bias = _replaced(pair, key[1])
     probe.folded = folded_of(pair, claim, trail)
+    stored = own_weight(pair, claim) if probe.fused and (claim.weights or claim.kernel == "NMMatMulNBits") else None
+    if stored is not None:
+        probe.own_weight = lambda: values_of(stored)
     return probe
 
 

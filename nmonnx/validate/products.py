@@ -36,7 +36,7 @@ def multiply(probe: Probe, site: Site | None) -> None:
     if weight.shape != (claim.k, claim.n):
         probe.note = f"its error is not measured: its weight has shape {list(weight.shape)}"
         return
-    original, weight = weight, probe.folded.weight(weight)
+    original, weight = weight, probe.own_weight() if probe.own_weight else probe.folded.weight(weight)
     if not probe.folded.bias and (np.any(probe.options.get("shift", 0)) or probe.own_bias is not None):
         probe.misfold = _misfold(probe, site.alpha * weight)
     if probe.correction is not None and is_measured(probe, site):
@@ -100,19 +100,29 @@ def _excess(probe: Probe, weight: np.ndarray) -> float:
     width = max(1, _BLOCK // probe.claim.k)
     blocks = [slice(start, start + width) for start in range(0, probe.claim.n, width)]
     rounds = probe.folded.rounds
-    parts = (_excess_of(pruned, weight[:, b], more[:, b], room[:, b], y[:, b], rounds) for b in blocks)
+    steps = probe.step * np.abs(probe.prune(x).astype(np.float64)).max(axis=1, initial=0, keepdims=True)
+    steps = steps * (pruned != 0) if probe.step else np.zeros((1, len(weight)))
+    parts = (_excess_of(pruned, weight[:, b], more[:, b], room[:, b], y[:, b], rounds, steps) for b in blocks)
     return max(parts, default=0.0)
 
 
 def _excess_of(
-    pruned: np.ndarray, weight: np.ndarray, more: np.ndarray, room: np.ndarray, y: np.ndarray, rounds: int
+    pruned: np.ndarray,
+    weight: np.ndarray,
+    more: np.ndarray,
+    room: np.ndarray,
+    y: np.ndarray,
+    rounds: int,
+    steps: np.ndarray,
 ) -> float:
-    """`more` [R, N] is added to the product, in steps as large as `room` and with so many `rounds` to the type of y."""
+    """`more` [R, N] is added to the product, in sums as large as `room`, with so many `rounds` to the type of y. Each
+    of `pruned` may be rounded by as much as `steps` before."""
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         want = pruned @ weight + more
         bound = np.abs(pruned) @ np.abs(weight) + room
         unit = rounds * np.finfo(y.dtype).eps + (len(weight) + 1) * np.finfo(np.float32).eps
-        ratio = np.where(y == want, 0.0, np.abs(y - want) / (unit * bound))
+        gap = np.maximum(np.abs(y - want) - steps @ np.abs(weight), 0)
+        ratio = np.where(gap == 0, 0.0, gap / (unit * bound))
         alike = np.where(np.isfinite(want), _overflows(want, bound, y, unit), same(want.astype(y.dtype), y))
     ratio = np.where(np.isfinite(want) & np.isfinite(y), ratio, np.where(alike, 0.0, np.inf))
     return float(np.nan_to_num(ratio, nan=np.inf).max(initial=0.0))

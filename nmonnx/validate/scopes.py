@@ -10,7 +10,7 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProt
 from nmonnx.diff.compare import label
 from nmonnx.diff.functions import function_key, function_paths
 from nmonnx.onnx_file.graph import DOMAIN
-from nmonnx.passes.bodies import INPUTS
+from nmonnx.passes.bodies import FUSED, INPUTS
 
 Key = tuple[str, str]
 """A tensor: (path of the scope that defines it, name)."""
@@ -18,7 +18,7 @@ Key = tuple[str, str]
 _ASIDE = {
     ("", "Gemm"): (2,),
     ("com.microsoft", "FusedGemm"): (2,),
-    (DOMAIN, "NMMatMul"): (2, INPUTS["NMMatMul"].index("dense")),
+    **{(DOMAIN, op): (INPUTS[op].index("bias"), INPUTS[op].index("dense")) for op in FUSED},
     (DOMAIN, "NMPrune"): (INPUTS["NMPrune"].index("dense"),),
 }
 """Inputs that are no path on which an activation is to be pruned: what a product adds as it is, which tokens stay

@@ -146,7 +146,7 @@ def _checks(probes: Sequence[Probe]) -> list[Check]:
         *moved,
         counted("pruned activations equal the reference bit for bit", len(alone), values, "layers with NMPrune"),
         counted("every group keeps exactly N of its non-zero values", len(grouped), groups, "layers with NMPrune"),
-        counted("fused layers equal the reference up to rounding", len(fused), products, "layers with NMMatMul"),
+        counted("fused layers equal the reference up to rounding", len(fused), products, "fused layers"),
     ]
 
 

@@ -11,8 +11,11 @@ from onnx import NodeProto, TensorProto
 from nmonnx.diff.compare import Comparison, label
 from nmonnx.diff.edits import Edit
 from nmonnx.digest import array_sha256
+from nmonnx.nbits import DEFAULT_ZERO
 from nmonnx.onnx_file.graph import DOMAIN
 from nmonnx.onnx_file.tensors import TensorReader
+from nmonnx.passes.bodies import FUSED, NEEDED
+from nmonnx.passes.stamp import PACKED
 from nmonnx.pattern import pattern_text
 from nmonnx.pruning.emulated import OPS
 from nmonnx.validate.changes import Explained, unexplained
@@ -33,6 +36,7 @@ def check_structure(pair: Pair, found: Sequence[str] | None) -> list[Check]:
        kernel, which lists it; it reads the same weights as before.
     3. left: a layer that was left sees no pruned value.
     4. ops: every op serves the layers that it lists, and at least one.
+       What `NMMatMulNBits` stands for may have read more: zero points of no effect, and what quantised the activation.
     5. inputs and outputs, weights, nodes, model: nothing else changed. Weights are compared byte for byte.
     """
     work = _Structure(pair)
@@ -181,7 +185,7 @@ class _Structure:
                 yield f"op {label(node)!r} moves its activation and nothing makes up for that"
         elif addition is not None and addition.low_of:
             yield "a low rank is added behind it, and no correction of this layer is recorded"
-        elif node.op_type == "NMMatMul":
+        elif node.op_type in FUSED:
             if addition is not None:
                 yield "something is added behind it though its op adds it already"
         elif moved and (addition is None or addition.centered != centered):
@@ -202,8 +206,9 @@ class _Structure:
         for (scope, _), node in after.own.items():
             yield from self._faults_of_constants(scope, node)
         yield from self.folds.faults(claim, after, optional)
-        if mapped != before.leaves:
-            names = sorted(name for _, name in mapped ^ before.leaves)
+        strange = mapped - before.leaves if claim.kernel == "NMMatMulNBits" else mapped ^ before.leaves
+        if strange:
+            names = sorted(name for _, name in strange)
             yield f"it reads other weights than before: {', '.join(names[:4])}"
 
     def _faults_of_constants(self, scope: str, node: NodeProto) -> Iterator[str]:
@@ -225,7 +230,7 @@ class _Structure:
 
     def _optional(self, scope: str, node: NodeProto) -> Iterator[tuple[Key, str]]:
         for slot, key in self.pair.inputs_of(scope, node).items():
-            if slot not in ("x", "W"):
+            if slot not in NEEDED:
                 yield key, slot
 
     def _declared(self) -> Check:
@@ -234,6 +239,8 @@ class _Structure:
             new, old = self._stored(self.pair.new, name), self._stored(self.pair.old, source)
             if new is None or old is None:
                 faults.append(f"{name!r} is declared but {name if new is None else source!r} is not stored")
+            elif how == PACKED:
+                continue  # `check_stored_weights` reads what they are worth
             elif how != "transposed":
                 faults.append(f"{name!r} is declared {how!r}, which is no known change")
             elif not is_transposed(old, self.pair.in_before, new, self.pair.in_after):
@@ -278,4 +285,6 @@ def _is_neutral(values: np.ndarray, slot: str) -> bool:
         return np.array_equal(values, np.arange(values.size))
     if slot == "threshold":
         return False
+    if slot == "zeros":
+        return bool((values == DEFAULT_ZERO[4 if values.dtype == np.uint8 else 8]).all())
     return bool((values == (1 if slot == "scale" else 0)).all())

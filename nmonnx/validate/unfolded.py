@@ -17,7 +17,10 @@ _EXACT = ("MatMul", "Gemm")
 def is_measured(probe: Probe, site: Site) -> bool:
     """Whether the layer computes what its formula says up to rounding."""
     exact = site.op in _EXACT or (site.op == "MatMulNBits" and site.node.attrs.get("accuracy_level", 0) < 2)
-    return bool(probe.outputs and probe.after) and (probe.fused or (exact and site.splice[0][0] is site.node))
+    fused = probe.claim.kernel == "NMMatMul"  # NMMatMulNBits rounds what it is given too
+    return (
+        bool(probe.outputs and probe.after) and not probe.step and (fused or (exact and site.splice[0][0] is site.node))
+    )
 
 
 def beyond_unfolded(probe: Probe, correction: Correction, weight: np.ndarray, rows: int) -> float:
