@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,16 @@ from nmonnx.passes.bodies import FUSED, INPUTS
 from nmonnx.passes.fold_shift import FoldShift, shift_of
 from nmonnx.passes.quantise_weights import would_be_stored_twice
 from nmonnx.passes.result import PassResult
-from nmonnx.passes.surgery import Constants, Names, brought_by, function_of, nodes_of_sites, remove_dead
+from nmonnx.passes.surgery import (
+    Constants,
+    Names,
+    brought_by,
+    drop_unread,
+    function_of,
+    nodes_of_sites,
+    read_names,
+    remove_dead,
+)
 from nmonnx.passes.weight_place import Place, embedded_weights, weight_place
 from nmonnx.pruning.folding import added_bias, check_shapes, folded_weight, in_type
 from nmonnx.records.corrections import Correction, Corrections
@@ -188,8 +197,6 @@ class _Fold:
                 site.scope, f"{site.name}/scales", "scales", in_type(made, rows.elem), rows.source
             )
             self._feed(node, place, stored)
-            if rows.name not in _read_names(self.model):
-                del self.model.computed[rows.name]
             return
         old = self.model.tensors.array(self.stored[node.inputs[2].name])
         new = (old.astype(np.float32).reshape(site.n, -1) * scale[:, None]).reshape(old.shape).astype(old.dtype)
@@ -214,14 +221,13 @@ class _Fold:
 
     def extra_bytes(self) -> int:
         """Bytes of the new constants, less those of the weights that nothing reads any more."""
-        read = set(_read_names(self.model))
-        for name in [n for n in self.model.repacked if n not in read]:
-            del self.model.repacked[name]
+        drop_unread(self.model)
+        read = set(read_names(self.model))
         new = [v.nbytes for n, v in self.model.constants.items() if n not in self.before and n in read]
         new += [
             byte_size(TensorProto(name=c.name, data_type=c.elem, dims=c.dims))
             for c in self.model.computed.values()
-            if not c.source and c.name in read
+            if not c.source
         ]
         gone = {
             d["from"] for d in self.model.declared.values() if d["from"] in self.stored and d["from"] not in read
@@ -232,9 +238,3 @@ class _Fold:
 def _input(node: gs.Node, slot: int) -> gs.Tensor | None:
     tensor = node.inputs[slot] if slot < len(node.inputs) else None
     return tensor if tensor is not None and tensor.name else None
-
-
-def _read_names(model: Model) -> Iterator[str]:
-    for _, graph in model.scopes():
-        yield from (tensor.name for node in graph.nodes for tensor in node.inputs)
-        yield from (tensor.name for tensor in graph.outputs)

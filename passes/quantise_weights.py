@@ -16,7 +16,7 @@ from nmonnx.passes.bodies import FUSED, INPUTS
 from nmonnx.passes.fuse_matmul import inputs_of
 from nmonnx.passes.packed_weight import add_parts, attributes, part
 from nmonnx.passes.result import PassResult
-from nmonnx.passes.surgery import Names, function_of, nodes_of_sites, remove_dead
+from nmonnx.passes.surgery import Names, drop_unread, function_of, nodes_of_sites, remove_dead
 from nmonnx.passes.weight_place import CARRIERS
 from nmonnx.sites import Site
 
@@ -52,6 +52,7 @@ class QuantiseWeights:
                 left[site.name] = str(e)
         left = {name: reason for name, reason in left.items() if reason}
         remove_dead(model, work.dead)
+        drop_unread(model)
         return PassResult(self.name, len(fused) - len(left), left)
 
 

@@ -109,6 +109,21 @@ def remove_dead(model: Model, nodes: Iterable[gs.Node]) -> None:
             graph.nodes[:] = [node for node in graph.nodes if id(node) not in dead]
 
 
+def drop_unread(model: Model) -> None:
+    """Forget the weights that were to be made when the model is saved and that nothing reads any more."""
+    read = set(read_names(model))
+    for later in (model.repacked, model.computed):
+        for name in [name for name in later if name not in read]:
+            del later[name]
+
+
+def read_names(model: Model) -> Iterator[str]:
+    """Tensors that the nodes and the outputs of every scope read."""
+    for _, graph in model.scopes():
+        yield from (tensor.name for node in graph.nodes for tensor in node.inputs)
+        yield from (tensor.name for tensor in graph.outputs)
+
+
 def _fresh(wanted: str, taken: set[str]) -> str:
     name, count = wanted, 1
     while name in taken:

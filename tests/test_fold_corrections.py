@@ -168,7 +168,7 @@ def test_a_constant_with_another_sign_fails_validation(tmp_path, recipe, what):
 def test_a_fold_with_the_wrong_sign_of_the_shift_fails_validation(tmp_path, monkeypatch):
     right = fold_corrections.added_bias
     monkeypatch.setattr(
-        fold_corrections, "added_bias", lambda c, site, shift: right(c, site, None if shift is None else -shift)
+        fold_corrections, "added_bias", lambda c, site, shift, w: right(c, site, None if shift is None else -shift, w)
     )
     source, out, _ = folded(tmp_path, layer("Gemm")[0], FUSED, random_correction({"shift", "weight"}))
     assert any("make up for the shift" in said for said in failed(source, out, X.astype(np.float32)))
