@@ -213,7 +213,7 @@ def test_a_fold_that_is_wrong_is_seen_as_such(
 ) -> None:
     """What makes up for it has the wrong sign; hashes and claims are all in order."""
     for place in ("fold_shift", "fold_center"):
-        monkeypatch.setattr(f"nmonnx.passes.{place}.product_with", lambda site, rows: -product_with(site, rows))
+        monkeypatch.setattr(f"nmonnx.passes.{place}.product_with", lambda *given: -product_with(*given))
     source, out, _ = converted(tmp_path, proto, replace(RECIPES[name], kernel=kernel))
     report = validate(source, out)
     assert [c.name for c in report.checks if not c.passed] == [check]

@@ -45,6 +45,10 @@ their logits alone are compared."""
 DATA_DEPENDENT = {"mixtral-ts-kv-fp32"}
 """A trace that baked in which experts the traced tokens took: no pruned form of it runs, stock operators neither."""
 
+ROUNDED_ACTIVATIONS = 6e-2
+"""What quantised originals lose themselves over two layers: those of dynamic quantisation round a whole tensor to 8 bits
+(0.045 seen), MatMulNBits of accuracy level 4 a block of 32 channels (0.026 seen). NMMatMulNBits loses less."""
+
 HALF = {
     "gpt2-dynamo-fp16",
     "gpt2-ts-fp16",
@@ -136,6 +140,7 @@ class Outcome:
     faults        checks of `validate` that failed
     same          n = m gave the original bit for bit
     dense         error of n = m against the original
+    whole         error of n = m by the fused ops, which select nothing, against the original
     """
 
     refused: str = ""
@@ -148,11 +153,12 @@ class Outcome:
     faults: tuple[str, ...] = ()
     same: bool | None = None
     dense: float | None = None
+    whole: float | None = None
 
 
 def compare(path: Path, folder: Path) -> Outcome:
     """Convert a graph prune-only, fused and with n = m, and run each beside stock operators and the original."""
-    out, prune_only, dense = (folder / f"{n}.onnx" for n in ("fused", "prune", "dense"))
+    out, prune_only, dense, whole = (folder / f"{n}.onnx" for n in ("fused", "prune", "dense", "whole"))
     try:
         convert(path, out, Recipe(kernel="fused"))
     except NmonnxError as error:
@@ -160,8 +166,9 @@ def compare(path: Path, folder: Path) -> Outcome:
         return Outcome(refused=str(error).partition(": ")[2])
     convert(path, prune_only, Recipe(kernel="prune"))
     convert(path, dense, Recipe(Pattern(16, 16)))
-    layers = records(out)
-    pruned = Counter(r["kernel"] for r in layers if r["status"] == "pruned")
+    convert(path, whole, Recipe(Pattern(16, 16), kernel="fused"))
+    layers = records(prune_only)
+    pruned = Counter(r["kernel"] for r in records(out) if r["status"] == "pruned")
     left = Counter(r["reason"] for r in layers if r["status"] == "left")
     feeds = runs(path)
     if not feeds or name(path) in DATA_DEPENDENT:
@@ -179,6 +186,7 @@ def compare(path: Path, folder: Path) -> Outcome:
         faults=tuple(f for model in (prune_only, out) for f in failed(validate(path, model, feeds, threads=1))),
         same=all(bit_equal(got, original) for got in kept_all),
         dense=max(worst(got, original) for got in kept_all),
+        whole=max(worst(run(whole, library=library), original) for library in (True, False)),
     )
 
 
@@ -196,9 +204,15 @@ def test_zoo(path: Path, tmp_path: Path) -> None:
         assert outcome.dense <= 2e-2
         return
     assert outcome.prune_only <= 1e-5
+    assert outcome.same
+    if outcome.pruned["NMMatMulNBits"]:
+        # The original rounds its activations otherwise, and the next layer may keep other channels for it: `faults` are
+        # of each layer on what it saw, and without a selection the whole must be as close as that rounding.
+        assert outcome.whole <= ROUNDED_ACTIVATIONS
+        return
     assert outcome.fused <= 1e-4
     assert outcome.plain <= 1e-4
-    assert outcome.same
+    assert outcome.whole <= 1e-4
 
 
 def failed(report: Report) -> list[str]:
