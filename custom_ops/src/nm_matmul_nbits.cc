@@ -44,7 +44,7 @@ BlockWeight<kBits> ReadWeight(const Call& call, const Attributes& attributes, si
                              NumberOf(scales.type),
                              zeros ? zeros->data : nullptr,
                              zeros ? NumberOf(zeros->type) : Number::kNone,
-                             kBits == 4 && attributes.accuracy_level == 4};
+                             attributes.accuracy_level == 4};
   const Dims expected{static_cast<int64_t>(channels), static_cast<int64_t>(w.RowBytes())};
   if (weight.dims != expected || NumberOf(weight.type) != kQ) {
     Refuse("W has shape " + ToString(weight.dims) + "; with " + std::to_string(kBits) + " bits, K = " +

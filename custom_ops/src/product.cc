@@ -25,11 +25,11 @@ constexpr size_t kNever = kMaxTokens + 1;
 constexpr size_t kManyColumns = 4096;
 
 template <class T>
-size_t PanelTokens(const DenseWeight<T>&) { return 10; }
-size_t PanelTokens(const BlockWeight<8>&) { return 24; }
-size_t PanelTokens(const BlockWeight<4>& w) {
-  if (!w.values_8_bits) return 48;
-  return w.columns < kManyColumns ? kNever : 64;
+size_t PanelTokens(const DenseWeight<T>&, bool) { return 10; }
+size_t PanelTokens(const BlockWeight<8>&, bool dots) { return dots ? 64 : 24; }
+size_t PanelTokens(const BlockWeight<4>& w, bool dots) {
+  if (!w.values_8_bits && !dots) return 48;
+  return w.columns < kManyColumns ? kNever : dots ? 128 : 64;
 }
 
 template <class T>
@@ -214,9 +214,10 @@ Floats AllocateFloats(size_t count) {
 }
 
 template <class W>
-Plan PlanProduct(const W& w, Pattern pattern, size_t tokens, size_t channels, size_t panel_tokens) {
+Plan PlanProduct(const MatMulKernels<W>& kernels, const W& w, Pattern pattern, size_t tokens, size_t channels,
+                 size_t panel_tokens) {
   if (tokens == 1) return {Method::kRows, std::max<size_t>(1, channels)};
-  if (tokens >= (panel_tokens ? panel_tokens : PanelTokens(w))) return {Method::kPanels, kPanelRows};
+  if (tokens >= (panel_tokens ? panel_tokens : PanelTokens(w, kernels.dots))) return {Method::kPanels, kPanelRows};
   const size_t groups = CeilDiv(SweepRows(w), static_cast<size_t>(pattern.keep));  // one sweep per token
   return {Method::kRows, groups * static_cast<size_t>(pattern.group)};
 }
@@ -229,7 +230,7 @@ void Multiply(const Call& call, const Kernels& kernels, const KeptLists& lists, 
 }
 
 #define NMONNX_PRODUCT(W)                                                                                    \
-  template Plan PlanProduct(const W&, Pattern, size_t, size_t, size_t);                                      \
+  template Plan PlanProduct(const MatMulKernels<W>&, const W&, Pattern, size_t, size_t, size_t);             \
   template void Multiply(const Call&, const Kernels&, const KeptLists&, const W&, Method, const float*, float*);
 NMONNX_PRODUCT(DenseWeight<float>)
 NMONNX_PRODUCT(DenseWeight<Half>)

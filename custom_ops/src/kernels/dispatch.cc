@@ -45,6 +45,15 @@ std::vector<Kernels> Available() {
   }
   NMONNX_TARGETS(NMONNX_ADD)
 #undef NMONNX_ADD
+#if HWY_TARGETS & HWY_AVX3
+  if (CpuHasAVX3() && __builtin_cpu_supports("avx512vnni")) {
+    Kernels table = tables.back();
+    table.target = "avx3_vnni";
+    table.matmul_int8 = N_AVX3::MatMulTableVnniInt8();
+    table.matmul_int4 = N_AVX3::MatMulTableVnniInt4();
+    tables.push_back(table);
+  }
+#endif
   return tables;
 }
 

@@ -91,7 +91,7 @@ struct BlockWeight {
   Number scale_type;
   const void* zeros;  // the same of `zero_type`; without zeros q stands for q - kNoZero
   Number zero_type;
-  bool values_8_bits;  // whether values of x may be rounded to 8 bits, otherwise to 16; never with 8 bits
+  bool values_8_bits;  // whether values of x may be rounded to 8 bits, otherwise to 16
 
   static constexpr float kNoZero = kBits == 4 ? 8.0f : 0.0f;
   size_t RowBytes() const { return kBits == 4 ? (columns + 31) / 32 * 16 : columns; }
@@ -107,6 +107,8 @@ struct MatMulKernels {
                    float* y);
   // Copies the rows `rows` of W to `panel`, as floats in rows of PanelKernels::columns, filled up with zeros.
   void (*copy_panel)(const W& w, Span rows, Span columns, float* panel);
+  // Whether add_rows has dot products of bytes, which panels of floats do not.
+  bool dots = false;
 };
 
 struct PanelKernels {

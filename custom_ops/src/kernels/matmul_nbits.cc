@@ -36,12 +36,12 @@ HWY_INLINE void Fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 // The same of fewer columns than a step has, on copies that have them all.
 template <class F, bool kZeros, class S>
 void AddRest(const Run& run, size_t offset, size_t bytes, const Scales<S>& block, size_t n, size_t count, float* y) {
-  constexpr size_t kColumns = kStep<F>;
+  constexpr size_t kColumns = F::kColumns;
   uint8_t rows[kRunRows][kColumns * F::kBits / 8] = {};
   S scales[kColumns] = {};
   float zeros[kColumns] = {}, sums[kColumns] = {};
   Run copy = run;
-  for (size_t r = 0; r < 2 * run.pairs; ++r) {
+  for (size_t r = 0; r < run.count; ++r) {
     std::copy(run.rows[r] + offset, run.rows[r] + offset + bytes, rows[r]);
     copy.rows[r] = rows[r];
   }
@@ -80,10 +80,11 @@ bool Quantise(const Entry* entries, size_t length, bool to_8_bits, Run& run) {
     high_sum += run.high[r];
     low_sum += run.low[r];
   }
+  run.whole_sum = to_8_bits ? high_sum : 256 * high_sum + low_sum;
   run.start_high = static_cast<int16_t>(-8 * high_sum);
   run.start_low = static_cast<int16_t>(-8 * low_sum);
   run.step = most / max_whole;
-  run.sum = run.step * static_cast<float>(to_8_bits ? high_sum : 256 * high_sum + low_sum);
+  run.sum = run.step * static_cast<float>(run.whole_sum);
   return true;
 }
 
@@ -133,8 +134,8 @@ void AddRun(const Run& run, Fetcher ahead, size_t block, const BlockWeight<F::kB
     const Scales<S> piece{scales + begin, zeros};
     float* sums = y + (begin - columns.begin);
     size_t n = 0;
-    for (; n + kStep<F> <= count; n += kStep<F>) {
-      ahead.Take(run.pairs * kStep<F> * 2 / kPerByte);
+    for (; n + F::kColumns <= count; n += F::kColumns) {
+      ahead.Take(run.count * F::kColumns / kPerByte);
       AddStep<F, kZeros>(run, (begin + n) / kPerByte, piece, n, sums);
     }
     const size_t bytes = F::kBits == 4 ? (count - n + 31) / 32 * 16 : count - n;
@@ -149,8 +150,10 @@ auto RunOf(const BlockWeight<F::kBits>& w) {
   return zeros ? AddRun<F, true, Half> : AddRun<F, false, Half>;
 }
 
-auto RunOf(const BlockWeight<8>& w) { return RunOf<Form<8, true>>(w); }
-auto RunOf(const BlockWeight<4>& w) { return w.values_8_bits ? RunOf<Form<4, false>>(w) : RunOf<Form<4, true>>(w); }
+template <int kBits, bool kVnni>
+auto AnyRunOf(const BlockWeight<kBits>& w, bool to_8_bits) {
+  return to_8_bits ? RunOf<Form<kBits, false, kVnni>>(w) : RunOf<Form<kBits, true, kVnni>>(w);
+}
 
 // The first entries that are a run: at most `most`, of one block.
 size_t RunLength(size_t block_rows, const Entry* entries, size_t count, size_t most) {
@@ -160,23 +163,25 @@ size_t RunLength(size_t block_rows, const Entry* entries, size_t count, size_t m
   return length;
 }
 
-template <int kBits>
+template <int kBits, bool kVnni>
 void AddRows(const Entry* entries, size_t count, const Entry* next, size_t next_count, const BlockWeight<kBits>& w,
              Span columns, float* y) {
   const size_t row_bytes = w.RowBytes(), bytes = columns.size() * kBits / 8;
-  const bool fetch = bytes < kLongRow;
+  const bool fetch = kVnni || bytes < kLongRow;
+  const bool to_8_bits = w.values_8_bits && (kBits == 4 || kVnni);  // otherwise it gains nothing
   const size_t most = fetch ? kRunRows : kRunRows / 2;
   const uint8_t* const data = w.data + columns.begin * kBits / 8;
-  const auto add_run = RunOf(w);
+  const auto add_run = AnyRunOf<kBits, kVnni>(w, to_8_bits);
+  constexpr size_t kTogether = Form<kBits, true, kVnni>::kTogether;
   while (count != 0) {
     const size_t length = RunLength(w.block_rows, entries, count, most);
     const bool last = length == count;
     const size_t ahead = fetch ? std::min(most, last ? next_count : count - length) : 0;
     const Fetcher fetcher(last ? next : entries + length, ahead, data, row_bytes, bytes);
     Run run;
-    run.pairs = (length + 1) / 2;
-    for (size_t r = 0; r < 2 * run.pairs; ++r) run.rows[r] = w.data + entries[std::min(r, length - 1)].row * row_bytes;
-    if (Quantise(entries, length, w.values_8_bits, run)) {
+    run.count = (length + kTogether - 1) / kTogether * kTogether;
+    for (size_t r = 0; r < run.count; ++r) run.rows[r] = w.data + entries[std::min(r, length - 1)].row * row_bytes;
+    if (Quantise(entries, length, to_8_bits, run)) {
       add_run(run, fetcher, entries[0].row / w.block_rows, w, columns, y);
     } else {
       MatMulOf(AvailableKernels().front(), w).add_rows(entries, length, nullptr, 0, w, columns, y);
@@ -188,9 +193,15 @@ void AddRows(const Entry* entries, size_t count, const Entry* next, size_t next_
 
 }  // namespace
 
-MatMulKernels<BlockWeight<8>> MatMulTableInt8() { return {AddRows<8>, CopyPanel<8>}; }
+MatMulKernels<BlockWeight<8>> MatMulTableInt8() { return {AddRows<8, false>, CopyPanel<8>}; }
 
-MatMulKernels<BlockWeight<4>> MatMulTableInt4() { return {AddRows<4>, CopyPanel<4>}; }
+MatMulKernels<BlockWeight<4>> MatMulTableInt4() { return {AddRows<4, false>, CopyPanel<4>}; }
+
+#if HWY_TARGET == HWY_AVX3
+MatMulKernels<BlockWeight<8>> MatMulTableVnniInt8() { return {AddRows<8, true>, CopyPanel<8>, true}; }
+
+MatMulKernels<BlockWeight<4>> MatMulTableVnniInt4() { return {AddRows<4, true>, CopyPanel<4>, true}; }
+#endif
 
 }  // namespace HWY_NAMESPACE
 }  // namespace nmonnx

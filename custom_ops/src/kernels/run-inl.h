@@ -21,22 +21,32 @@ namespace hn = hwy::HWY_NAMESPACE;
 
 constexpr size_t kRunRows = 16;
 
-// The bits of W, and whether the values are whole numbers of 16 bits or of 8.
-template <int kBitsOfW, bool kValuesOf16>
+#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3
+constexpr size_t kBytes = 32;
+#else
+constexpr size_t kBytes = 16;
+#endif
+
+// The bits of W, whether the values are whole numbers of 16 bits or of 8, and whether there are dot products of bytes
+// (VNNI, with vectors of 64 bytes).
+template <int kBitsOfW, bool kValuesOf16, bool kVnni>
 struct Form {
   static constexpr int kBits = kBitsOfW;
-  static constexpr bool kLow = kValuesOf16;
+  static constexpr bool kLow = kValuesOf16, kDots = kVnni;
+  static constexpr size_t kTogether = kVnni ? 4 : 2;                     // rows
+  static constexpr size_t kColumns = (kVnni ? 64 : kBytes) * 8 / kBits;  // of a step
 };
 
-// Rows in pairs; an odd one is paired with itself, with the value 0.
+// The rows are a multiple of those that are taken together; at the end one may be there again, with the value 0.
 struct Run {
   const uint8_t* rows[kRunRows];
   int16_t whole[kRunRows];               // value = step * whole
   int8_t high[kRunRows], low[kRunRows];  // whole = 256 high + low, or high where it has 8 bits
   float step;
   float sum;                      // of the values
-  int16_t start_high, start_low;  // where the sums of 4 bits start without zeros: q stands for q - 8
-  size_t pairs;
+  int32_t whole_sum;              // of the whole numbers
+  int16_t start_high, start_low;  // where sums of 16 bits start for W of 4 bits without zeros: q stands for q - 8
+  size_t count;
 };
 
 // Scales of some columns of a block as they lie in W, and zeros, which may be nullptr.
@@ -50,29 +60,118 @@ using D4 = hn::CappedTag<float, 8>;
 using DI4 = hn::RebindToSigned<D4>;
 using V4 = hn::Vec<D4>;
 
-HWY_INLINE V4 LoadScale(const float* p) { return hn::LoadU(D4(), p); }
-HWY_INLINE V4 LoadScale(const Half* p) {
+template <class D>
+HWY_INLINE hn::Vec<D> LoadScale(D d, const float* p) {
+  return hn::LoadU(d, p);
+}
+template <class D>
+HWY_INLINE hn::Vec<D> LoadScale(D d, const Half* p) {
 #if HWY_TARGET == HWY_AVX3
-  return hn::PromoteTo(D4(), hn::LoadU(hn::Rebind<hwy::float16_t, D4>(), reinterpret_cast<const hwy::float16_t*>(p)));
+  return hn::PromoteTo(d, hn::LoadU(hn::Rebind<hwy::float16_t, D>(), reinterpret_cast<const hwy::float16_t*>(p)));
 #else
+  (void)d;
   return WidenHalf(p);
 #endif
 }
 
 // y += scale * (step * whole - sum * zero) of one vector of columns; without zeros, `whole` contains theirs.
-template <bool kZeros, class S>
-HWY_INLINE void Flush(hn::Vec<DI4> whole, const Run& run, const Scales<S>& block, size_t n, float* y) {
-  const D4 d;
-  V4 sums = hn::Mul(hn::Set(d, run.step), hn::ConvertTo(d, whole));
+template <bool kZeros, class V, class S>
+HWY_INLINE void Flush(V whole, const Run& run, const Scales<S>& block, size_t n, float* y) {
+  const hn::RebindToFloat<hn::DFromV<V>> d;
+  auto sums = hn::Mul(hn::Set(d, run.step), hn::ConvertTo(d, whole));
   if constexpr (kZeros) sums = hn::NegMulAdd(hn::Set(d, run.sum), hn::LoadU(d, block.zeros + n), sums);
-  hn::StoreU(hn::MulAdd(sums, LoadScale(block.scales + n), hn::LoadU(d, y + n)), d, y + n);
+  hn::StoreU(hn::MulAdd(sums, LoadScale(d, block.scales + n), hn::LoadU(d, y + n)), d, y + n);
 }
 
-#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3
+#if HWY_TARGET == HWY_AVX3
 
-// The columns of a step: 32 bytes of a row.
-template <class F>
-constexpr size_t kStep = 256 / F::kBits;
+// The target is compiled without VNNI: for compilers that do not know it, and because not every CPU of it has that.
+HWY_INLINE void AddDots(__m512i& sums, __m512i bytes, __m512i by) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(bytes), "v"(by));
+}
+
+HWY_INLINE __m512i Everywhere(const int8_t* p) {
+  int32_t value;
+  std::memcpy(&value, p, sizeof(value));
+  return _mm512_set1_epi32(value);
+}
+
+// 64 bytes of 4 rows, byte by byte: sets[i] has bytes 16 i to 16 i + 15 of each, in order.
+HWY_INLINE void Interleave(const uint8_t* const* rows, size_t offset, __m512i* sets) {
+  // Unpacking stays within lanes of 16 bytes: of these, lane l must have the words l, 4 + l, 8 + l and 12 + l.
+  const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const auto load = [&](size_t r) {
+    return _mm512_permutexvar_epi32(turn, _mm512_loadu_si512(rows[r] + offset));
+  };
+  const __m512i a = load(0), b = load(1), c = load(2), d = load(3);
+  const __m512i ab = _mm512_unpacklo_epi8(a, b), cd = _mm512_unpacklo_epi8(c, d);
+  const __m512i ab2 = _mm512_unpackhi_epi8(a, b), cd2 = _mm512_unpackhi_epi8(c, d);
+  sets[0] = _mm512_unpacklo_epi16(ab, cd);
+  sets[1] = _mm512_unpackhi_epi16(ab, cd);
+  sets[2] = _mm512_unpacklo_epi16(ab2, cd2);
+  sets[3] = _mm512_unpackhi_epi16(ab2, cd2);
+}
+
+// 256 high + low, or high alone, from `start` on.
+template <bool kLow>
+HWY_INLINE hn::Vec<hn::Full512<int32_t>> Join(__m512i high, __m512i low, __m512i start) {
+  if constexpr (!kLow) return {_mm512_add_epi32(high, start)};
+  return {_mm512_add_epi32(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low), start)};
+}
+
+// Sums of whole bytes, and of their high nibbles, which count 16 times.
+template <class F, bool kZeros, class S, std::enable_if_t<F::kBits == 4 && F::kDots, int> = 0>
+HWY_INLINE void AddStep(const Run& run, size_t offset, const Scales<S>& block, size_t n, float* y) {
+  constexpr bool kLow = F::kLow;
+  const __m512i mask = _mm512_set1_epi8(static_cast<char>(0xf0));
+  __m512i high[4], low[4], high_16[4], low_16[4];
+  for (int i = 0; i < 4; ++i) high[i] = low[i] = high_16[i] = low_16[i] = _mm512_setzero_si512();
+  for (size_t s = 0; s < run.count / 4; ++s) {
+    __m512i bytes[4];
+    Interleave(run.rows + 4 * s, offset, bytes);
+    const __m512i by_high = Everywhere(run.high + 4 * s), by_low = Everywhere(run.low + 4 * s);
+    for (int i = 0; i < 4; ++i) {
+      const __m512i upper = _mm512_and_si512(bytes[i], mask);
+      AddDots(high[i], bytes[i], by_high);
+      AddDots(high_16[i], upper, by_high);
+      if constexpr (!kLow) continue;
+      AddDots(low[i], bytes[i], by_low);
+      AddDots(low_16[i], upper, by_low);
+    }
+  }
+  const __m512i start = _mm512_set1_epi32(kZeros ? 0 : -8 * run.whole_sum);
+  for (size_t i = 0; i < 4; ++i) {
+    const auto first = [&](__m512i all, __m512i upper) { return _mm512_sub_epi32(all, upper); };
+    const auto second = [&](__m512i upper) { return _mm512_srai_epi32(upper, 4); };
+    Flush<kZeros>(Join<kLow>(first(high[i], high_16[i]), first(low[i], low_16[i]), start), run, block, n + 32 * i, y);
+    Flush<kZeros>(Join<kLow>(second(high_16[i]), second(low_16[i]), start), run, block, n + 32 * i + 16, y);
+  }
+}
+
+// W + 128 has no sign.
+template <class F, bool kZeros, class S, std::enable_if_t<F::kBits == 8 && F::kDots, int> = 0>
+HWY_INLINE void AddStep(const Run& run, size_t offset, const Scales<S>& block, size_t n, float* y) {
+  constexpr bool kLow = F::kLow;
+  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
+  __m512i high[4], low[4];
+  for (int i = 0; i < 4; ++i) high[i] = low[i] = _mm512_setzero_si512();
+  for (size_t s = 0; s < run.count / 4; ++s) {
+    __m512i bytes[4];
+    Interleave(run.rows + 4 * s, offset, bytes);
+    const __m512i by_high = Everywhere(run.high + 4 * s), by_low = Everywhere(run.low + 4 * s);
+    for (int i = 0; i < 4; ++i) {
+      const __m512i shifted = _mm512_xor_si512(bytes[i], flip);
+      AddDots(high[i], shifted, by_high);
+      if constexpr (kLow) AddDots(low[i], shifted, by_low);
+    }
+  }
+  const __m512i start = _mm512_set1_epi32(-128 * run.whole_sum);
+  for (size_t i = 0; i < 4; ++i) Flush<kZeros>(Join<kLow>(high[i], low[i], start), run, block, n + 16 * i, y);
+}
+
+#endif
+
+#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3
 
 template <bool kZeros, bool kLow, class S>
 HWY_INLINE void FlushTwo(__m256i high, __m256i low, const Run& run, const Scales<S>& block, size_t n, float* y) {
@@ -111,7 +210,7 @@ HWY_INLINE void AddPair(__m256i q, __m256i by_high, __m256i by_low, __m256i& hig
   asm volatile("" : "+x"(low));
 }
 
-template <class F, bool kZeros, class S, std::enable_if_t<F::kBits == 4, int> = 0>
+template <class F, bool kZeros, class S, std::enable_if_t<F::kBits == 4 && !F::kDots, int> = 0>
 HWY_INLINE void AddStep(const Run& run, size_t offset, const Scales<S>& block, size_t n, float* y) {
   constexpr bool kLow = F::kLow;
   const __m256i mask = _mm256_set1_epi8(15);
@@ -120,7 +219,7 @@ HWY_INLINE void AddStep(const Run& run, size_t offset, const Scales<S>& block, s
     high[i] = _mm256_set1_epi16(kZeros ? int16_t{0} : run.start_high);
     low[i] = _mm256_set1_epi16(kZeros ? int16_t{0} : run.start_low);
   }
-  for (size_t p = 0; p < run.pairs; ++p) {
+  for (size_t p = 0; p < run.count / 2; ++p) {
     const __m256i by_high = Everywhere16(run.high + 2 * p), by_low = Everywhere16(run.low + 2 * p);
     const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(run.rows[2 * p] + offset));
     const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(run.rows[2 * p + 1] + offset));
@@ -133,11 +232,11 @@ HWY_INLINE void AddStep(const Run& run, size_t offset, const Scales<S>& block, s
   for (size_t i = 0; i < 4; ++i) FlushTwo<kZeros, kLow>(high[i], low[i], run, block, n + 8 * i, y);
 }
 
-template <class F, bool kZeros, class S, std::enable_if_t<F::kBits == 8, int> = 0>
+template <class F, bool kZeros, class S, std::enable_if_t<F::kBits == 8 && !F::kDots, int> = 0>
 HWY_INLINE void AddStep(const Run& run, size_t offset, const Scales<S>& block, size_t n, float* y) {
   __m256i sums[4];
   for (int i = 0; i < 4; ++i) sums[i] = _mm256_setzero_si256();
-  for (size_t p = 0; p < run.pairs; ++p) {
+  for (size_t p = 0; p < run.count / 2; ++p) {
     const __m256i by = Everywhere32(run.whole + 2 * p);
     for (size_t i = 0; i < 2; ++i) {
       const auto load = [&](size_t r) {
@@ -159,11 +258,7 @@ HWY_INLINE void AddStep(const Run& run, size_t offset, const Scales<S>& block, s
 
 #else
 
-// The columns of a step: 16 bytes of a row.
-template <class F>
-constexpr size_t kStep = 128 / F::kBits;
-
-template <class F, bool kZeros, class S, std::enable_if_t<F::kBits == 4, int> = 0>
+template <class F, bool kZeros, class S, std::enable_if_t<F::kBits == 4 && !F::kDots, int> = 0>
 HWY_INLINE void AddStep(const Run& run, size_t offset, const Scales<S>& block, size_t n, float* y) {
   constexpr bool kLow = F::kLow;
   const hn::Full128<uint8_t> d8;
@@ -176,7 +271,7 @@ HWY_INLINE void AddStep(const Run& run, size_t offset, const Scales<S>& block, s
     high[i] = kZeros ? hn::Zero(d16) : hn::Set(d16, run.start_high);
     low[i] = kZeros ? hn::Zero(d16) : hn::Set(d16, run.start_low);
   }
-  for (size_t r = 0; r < 2 * run.pairs; ++r) {
+  for (size_t r = 0; r < run.count; ++r) {
     const auto bytes = hn::LoadU(d8, run.rows[r] + offset);
     const auto first = hn::And(bytes, hn::Set(d8, 15)), second = hn::ShiftRight<4>(bytes);
     const hn::Vec<decltype(d16)> q[] = {
@@ -199,13 +294,13 @@ HWY_INLINE void AddStep(const Run& run, size_t offset, const Scales<S>& block, s
   }
 }
 
-template <class F, bool kZeros, class S, std::enable_if_t<F::kBits == 8, int> = 0>
+template <class F, bool kZeros, class S, std::enable_if_t<F::kBits == 8 && !F::kDots, int> = 0>
 HWY_INLINE void AddStep(const Run& run, size_t offset, const Scales<S>& block, size_t n, float* y) {
   const hn::Full128<int32_t> d;
   const hn::Rebind<int8_t, decltype(d)> d8;
   hn::Vec<decltype(d)> sums[4];
   for (int i = 0; i < 4; ++i) sums[i] = hn::Zero(d);
-  for (size_t r = 0; r < 2 * run.pairs; ++r) {
+  for (size_t r = 0; r < run.count; ++r) {
     const int8_t* row = reinterpret_cast<const int8_t*>(run.rows[r] + offset);
     const auto by = hn::Set(d, run.whole[r]);
     for (size_t i = 0; i < 4; ++i) {

@@ -18,5 +18,11 @@ namespace nmonnx {
   }
 NMONNX_TARGETS(NMONNX_DECLARE)
 #undef NMONNX_DECLARE
+#if HWY_TARGETS & HWY_AVX3
+namespace N_AVX3 {  // with dot products of bytes
+MatMulKernels<BlockWeight<8>> MatMulTableVnniInt8();
+MatMulKernels<BlockWeight<4>> MatMulTableVnniInt4();
+}
+#endif
 
 }  // namespace nmonnx
