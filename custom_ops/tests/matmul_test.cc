@@ -10,8 +10,7 @@ namespace nmonnx {
 namespace {
 
 constexpr size_t kChannels = 150;
-constexpr size_t kColumns[] = {1,  3,  4,  8,  15, 16, 17, 31,  32,  33,  47,  48, 49,
-                               63, 64, 65, 95, 96, 97, 127, 128, 129, 200, 257, 300};
+constexpr size_t kColumns[] = {1, 3, 8, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 97, 129, 200};
 constexpr size_t kManyColumns = 8224;  // a row of 4 bits of as many is too long for the kernels to fetch ahead
 constexpr size_t kCounts[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 25, 60, kChannels};
 
