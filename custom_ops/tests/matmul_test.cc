@@ -179,7 +179,7 @@ void TestEveryBlocks(const Kernels& kernels, size_t columns) {
     for (const Number scale_type : {Number::kHalf, Number::kFloat}) {
       for (const Number zero_type : {Number::kNone, kBits == 4 ? Number::kUint8 : Number::kInt8, scale_type}) {
         TestBlocks<kBits>(kernels, columns, block_rows, scale_type, zero_type, false);
-        if (kBits == 4) TestBlocks<kBits>(kernels, columns, block_rows, scale_type, zero_type, true);
+        TestBlocks<kBits>(kernels, columns, block_rows, scale_type, zero_type, true);
       }
     }
   }
