@@ -34,6 +34,7 @@ bool HasF16c() {
 }
 #endif
 [[maybe_unused]] bool CpuHasNEON() { return true; }
+[[maybe_unused]] bool CpuHasNEON_WITHOUT_AES() { return true; }
 
 std::vector<Kernels> Available() {
   std::vector<Kernels> tables = {PortableKernels()};

@@ -319,7 +319,7 @@ void Apply(const T* x, const uint64_t* bits, size_t count, T* y) {
 // --- float16 ---------------------------------------------------------------------------------------------------
 
 // Targets without instructions for it convert one by one: Highway's emulation does not round as they do.
-constexpr bool kHasHalf = HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_NEON;
+constexpr bool kHasHalf = HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3 || HWY_TARGET == NMONNX_NEON_TARGET;
 
 void WidenAll(const Half* x, size_t count, float* y) {
   const hn::ScalableTag<float> d;

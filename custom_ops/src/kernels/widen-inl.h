@@ -9,6 +9,7 @@
 #include <hwy/highway.h>
 
 #include "kernels/dispatch.h"
+#include "kernels/targets.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace nmonnx {
@@ -18,7 +19,7 @@ namespace HWY_NAMESPACE {
 HWY_INLINE hwy::HWY_NAMESPACE::Vec<hwy::HWY_NAMESPACE::ScalableTag<float>> WidenHalf(const Half* p) {
   namespace hn = hwy::HWY_NAMESPACE;
   using DF = hn::ScalableTag<float>;
-  constexpr bool kHasHalf = HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_NEON;
+  constexpr bool kHasHalf = HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3 || HWY_TARGET == NMONNX_NEON_TARGET;
   const DF d;
   if constexpr (kHasHalf) {
     const hn::Rebind<hwy::float16_t, DF> dh;
