@@ -15,6 +15,7 @@ from nmonnx.bench.result import Bench, Result
 from nmonnx.bench.rounds import paired
 from nmonnx.errors import InputError, RunError, UsageError
 from nmonnx.onnx_file.graph import load
+from nmonnx.report import counted
 
 Say = Callable[[str], None]
 
@@ -47,15 +48,15 @@ class Plan:
 
 def bench(dense: Path, sparse: Path, plan: Plan, say: Say = lambda what: None) -> Bench:
     """Measure `sparse` beside `dense`; `say` is told what is being done. Raises UsageError when they cannot be
-    compared, RunError when there is no call that both run, InputError or ModelError for a file that cannot be opened."""
+    compared, RunError when no call is measured, InputError or ModelError for a file that cannot be opened."""
     done = Bench((dense, sparse), (read_layers(load(dense)), read_layers(load(sparse))))
     for threads in plan.threads:
         vocabulary = _time(done, threads, plan, say)
         results = [result for result in done.results if result.case.threads == threads]
         if plan.profiled and results:
-            say(f"profile, {threads} threads")
+            say(f"profile, {counted(threads, 'thread')}")
             _profile(done, results, vocabulary, plan.profiled)
-        say(f"memory bandwidth, {threads} threads")
+        say(f"memory bandwidth, {counted(threads, 'thread')}")
         done.memory[threads] = read_bandwidth(threads)
     if not done.results:
         raise RunError(f"{dense} and {sparse} run no call in common: {' '.join(done.notes)}")

@@ -39,6 +39,8 @@ _STOCK = {
 """Inputs of stock operators that hold the weight, its scales and zero points, of all experts where there are some; of
 the others the first two."""
 
+_EVERY_TOKEN = TokenPolicy()
+
 _STEPS = 12
 """Operators between a stored weight and its layer, at most."""
 
@@ -58,7 +60,7 @@ class Layer:
     op: str
     stored: int
     kept: int
-    policy: TokenPolicy = TokenPolicy()
+    policy: TokenPolicy = _EVERY_TOKEN
 
     def read(self, tokens: int, past: int) -> int:
         """Bytes that a call of `tokens` tokens behind `past` others touches. Several tokens keep different channels:
@@ -83,7 +85,8 @@ def read_layers(model: Model) -> Layers:
     """The layers of a model: what `find_sites` finds in stock operators, and the nodes that a conversion put there.
     No weight is read."""
     found = find_sites(model)
-    stock = {(s.scope, s.output): s for s in (*(s for s in found.skipped if s.linear), *found.sites)}
+    stock: dict[tuple[str, str], Site | Skipped] = {(s.scope, s.output): s for s in found.skipped if s.linear}
+    stock |= {(s.scope, s.output): s for s in found.sites}
     return _Reader(model, stock).read()
 
 
@@ -129,7 +132,7 @@ class _Reader:
         rows, whole = self._bytes(scope, node, _ROWS[node.op]), self._bytes(scope, node, _WHOLE.get(node.op, ()))
         channels = self._channels(scope, node.inputs[1])
         kept = rows * _kept(channels, node.attrs["keep"], node.attrs["group"]) // max(1, channels)
-        told = self._policy if any(t.name.startswith("nmonnx/dense") for t in node.inputs) else TokenPolicy()
+        told = self._policy if any(t.name.startswith("nmonnx/dense") for t in node.inputs) else _EVERY_TOKEN
         return Layer(name, role_of(texts) or "other", node.op, rows + whole, kept + whole, told)
 
     def _sites_of(self, node: gs.Node) -> tuple[str, ...]:
@@ -190,5 +193,5 @@ def _policy(model: Model) -> TokenPolicy:
     try:
         recipe = Recipe.from_dict(json.loads(metadata.get("nmonnx.recipe", "{}")), str(model.path))
     except (ValueError, UsageError):
-        return TokenPolicy()
+        return _EVERY_TOKEN
     return TokenPolicy(recipe.phase, recipe.dense_prefix)

@@ -71,7 +71,9 @@ class Pair:
     def notes(self) -> list[str]:
         """A sentence for everything in which the second is not simply a conversion of the first."""
         one, other = self.subjects
-        return [n for n in (_other_inputs(one, other), _other_model(one.path, other.path), _no_library(other.path)) if n]
+        return [
+            n for n in (_other_inputs(one, other), _other_model(one.path, other.path), _no_library(other.path)) if n
+        ]
 
 
 def _other_inputs(one: Subject, other: Subject) -> str:

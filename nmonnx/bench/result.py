@@ -104,6 +104,11 @@ class Bench:
         dense, sparse = (sum(layer.stored for layer in layers.linear) for layers in self.layers)
         return dense, sparse
 
+    @property
+    def roles(self) -> dict[str, str]:
+        """Of the linear layers of both."""
+        return {**self.layers[1].roles, **self.layers[0].roles}
+
     def note(self, sentence: str) -> None:
         """Once."""
         if sentence not in self.notes:
@@ -127,7 +132,7 @@ class Bench:
             "machine": {"cpu": machine.cpu(), "cores": machine.cores(), "read_bandwidth": bandwidth},
             "models": models,
             "cases": [result.data(self.stored) for result in self.results],
-            "roles": dict(self.layers[1].roles | self.layers[0].roles),
+            "roles": self.roles,
             "notes": self.notes,
         }
 
