@@ -12,7 +12,7 @@ of the rounds, a ratio the median of the rounds' ratios, below 1 where the custo
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np

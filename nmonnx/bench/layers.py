@@ -72,7 +72,7 @@ class Layer:
 @dataclass(frozen=True)
 class Layers:
     """linear  the linear layers in the order of the graph
-    served  nodes by the name that ONNX Runtime gives them, with the sites that they are there for
+    served  the nodes by the name that ONNX Runtime gives them, each with the sites that it is there for
     roles   of the sites
     """
 
@@ -106,12 +106,10 @@ class _Reader:
         for scope in self._scopes:
             for label, node in _labelled(scope):
                 layer = self._layer(scope, node)
-                names = self._sites_of(node) or ((layer.name,) if layer else ())
+                served[label] = self._sites_of(node) or ((layer.name,) if layer else ())
                 if layer:
                     linear.append(layer)
                     roles[layer.name] = layer.role
-                if names:
-                    served[label] = names
         return Layers(tuple(linear), served, roles)
 
     def _layer(self, scope: Scope, node: gs.Node) -> Layer | None:

@@ -34,7 +34,7 @@ def profiles(
 ) -> dict[Case, Profile]:
     """The mean of `calls` calls of each case, all of one number of threads, after one that does not count.
 
-    served  nodes by the name that ONNX Runtime gives them, with the sites that they are there for
+    served  the nodes by the name that ONNX Runtime gives them, each with the sites that it is there for
     """
     with TemporaryDirectory() as folder:
         options = ort.SessionOptions()
