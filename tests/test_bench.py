@@ -159,13 +159,22 @@ class TestWeights:
         assert [one.stored for one in layers(path).linear] == [sum(part.nbytes for part in parts.values())]
 
     def test_a_function_reads_the_weights_of_all_its_calls(self, tmp_path):
-        proto = model("g (float[t, 32] x) => (float[t, 32] y) {\n h = own.dense(x, a)\n y = own.dense(h, b)\n}",
-                      a=weights(32, 32), b=weights(32, 32, seed=1))  # fmt: skip
-        body = [helper.make_node("MatMul", ["i", "w"], ["o"], "product")]
+        text = "g (float[t, 32] x) => (float[t, 32] y) {\n h = own.mlp(x, a, b)\n y = own.mlp(h, c, d)\n}"
+        stored = {"a": (32, 48), "b": (48, 32), "c": (32, 80), "d": (80, 32)}
+        proto = model(text, **{name: weights(*shape) for name, shape in stored.items()})
+        body = [
+            helper.make_node("MatMul", ["i", "up"], ["h"], "up"),
+            helper.make_node("Relu", ["h"], ["r"], "relu"),
+            helper.make_node("MatMul", ["r", "down"], ["o"], "down"),
+        ]
         opset = [helper.make_opsetid("", 17)]
-        proto.functions.append(helper.make_function("own", "dense", ["i", "w"], ["o"], body, opset))
+        proto.functions.append(helper.make_function("own", "mlp", ["i", "up", "down"], ["o"], body, opset))
         proto.opset_import.append(helper.make_opsetid("own", 1))
-        assert sum(one.stored for one in layers(write(proto, tmp_path / "f.onnx")).linear) == 2 * 32 * 32 * 4
+        path = write(proto, tmp_path / "f.onnx")
+        found = layers(path)
+        assert [one.stored for one in found.linear] == [4 * 32 * 48, 4 * 32 * 80, 4 * 32 * (48 + 80)]
+        (profile,) = profiles(path, [Case(1, 2, 0)], 16, found.served, calls=1).values()
+        assert set(profile.by_site) == {"function:mlp/down"}  # the layers that each call makes its own have no node
 
 
 class TestProfile:

@@ -59,7 +59,8 @@ def bench(dense: Path, sparse: Path, plan: Plan, say: Say = lambda what: None) -
         say(f"memory bandwidth, {counted(threads, 'thread')}")
         done.memory[threads] = read_bandwidth(threads)
     if not done.results:
-        raise RunError(f"{dense} and {sparse} run no call in common: {' '.join(done.notes)}")
+        why = done.notes[-1].rstrip(".")
+        raise RunError(f"{why}; no other call was measured either (a graph traced for one length needs it by --tokens)")
     if plan.loads:
         say("load time and memory")
         case = done.results[0].case

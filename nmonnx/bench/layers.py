@@ -39,6 +39,9 @@ _STOCK = {
 """Inputs of stock operators that hold the weight, its scales and zero points, of all experts where there are some; of
 the others the first two."""
 
+INLINED = "_inlfunc_"
+"""How ONNX Runtime begins the name of a node of a function, which it puts in the place of each call."""
+
 _EVERY_TOKEN = TokenPolicy()
 
 _STEPS = 12
@@ -85,15 +88,16 @@ def read_layers(model: Model) -> Layers:
     """The layers of a model: what `find_sites` finds in stock operators, and the nodes that a conversion put there.
     No weight is read."""
     found = find_sites(model)
-    stock: dict[tuple[str, str], Site | Skipped] = {(s.scope, s.output): s for s in found.skipped if s.linear}
-    stock |= {(s.scope, s.output): s for s in found.sites}
+    stock: dict[tuple[str, str], list[Site | Skipped]] = {}
+    for site in (*found.sites, *(s for s in found.skipped if s.linear)):
+        stock.setdefault((site.scope, site.output), []).append(site)
     return _Reader(model, stock).read()
 
 
 class _Reader:
     """One walk over the nodes."""
 
-    def __init__(self, model: Model, stock: Mapping[tuple[str, str], Site | Skipped]) -> None:
+    def __init__(self, model: Model, stock: Mapping[tuple[str, str], list[Site | Skipped]]) -> None:
         self._model, self._stock = model, stock
         self._scopes = read_scopes(model)
         self._calls = Calls(model, self._scopes)
@@ -105,24 +109,22 @@ class _Reader:
         roles: dict[str, str] = {}
         for scope in self._scopes:
             for label, node in _labelled(scope):
-                layer = self._layer(scope, node)
-                served[label] = self._sites_of(node) or ((layer.name,) if layer else ())
-                if layer:
-                    linear.append(layer)
-                    roles[layer.name] = layer.role
+                layers = self._layers(scope, node)
+                served[label] = self._sites_of(node) or tuple(layer.name for layer in layers)
+                linear += layers
+                roles |= {layer.name: layer.role for layer in layers}
         return Layers(tuple(linear), served, roles)
 
-    def _layer(self, scope: Scope, node: gs.Node) -> Layer | None:
+    def _layers(self, scope: Scope, node: gs.Node) -> list[Layer]:
+        """One or none; of a call of a function those inside that are its own, of fused experts the first for all."""
         if node.domain == DOMAIN and node.op in _ROWS:
-            return self._skipping(scope, node)
-        site = self._stock.get((scope.path, node.outputs[0].name)) if node.outputs else None
-        if site is None:
-            return None
-        ports = _STOCK.get(node.op, (0, 1))
-        if self._calls.body_of(node) is not None:
-            ports = tuple(range(len(node.inputs)))
-        stored = self._bytes(scope, node, ports)
-        return Layer(site.name, site.role, node.op, stored, stored)
+            return [self._skipping(scope, node)]
+        sites = self._stock.get((scope.path, node.outputs[0].name), []) if node.outputs else []
+        if self._calls.body_of(node) is None:
+            stored = self._bytes(scope, node, _STOCK.get(node.op, (0, 1)))
+            return [Layer(site.name, site.role, node.op, stored, stored) for site in sites[:1]]
+        sizes = [self._size(scope, getattr(site, "initializer", "")) for site in sites]
+        return [Layer(s.name, s.role, s.op, size, size) for s, size in zip(sites, sizes, strict=True)]
 
     def _skipping(self, scope: Scope, node: gs.Node) -> Layer:
         name = next(iter(self._sites_of(node)), node.name or node.outputs[0].name)
@@ -140,6 +142,9 @@ class _Reader:
     def _bytes(self, scope: Scope, node: gs.Node, ports: tuple[int, ...]) -> int:
         tensors = [node.inputs[port] for port in ports if port < len(node.inputs)]
         return sum(byte_size(proto) for tensor in tensors for proto in self._stored(scope, tensor))
+
+    def _size(self, scope: Scope, initializer: str) -> int:
+        return sum(byte_size(proto) for proto in self._stored(scope, gs.Variable(initializer)))
 
     def _channels(self, scope: Scope, weight: gs.Tensor) -> int:
         return next((proto.dims[0] for proto in self._stored(scope, weight) if proto.dims), 0)
@@ -175,10 +180,12 @@ class _Reader:
 
 
 def _labelled(scope: Scope) -> Iterator[tuple[str, gs.Node]]:
-    """The nodes by name; ONNX Runtime calls one without by its operator and its place among those that compute."""
+    """The nodes by the name that ONNX Runtime gives them: in a function after it; one of the main graph that has none
+    after its operator and its place among those that compute."""
+    front = f"{INLINED}{scope.graph.name}_" if scope.is_function else ""
     computing = [node for node in scope.graph.nodes if not (domain_of(node) == "" and node.op == "Constant")]
     for index, node in enumerate(computing):
-        yield node.name or f"{node.op}_{index}", node
+        yield front + (node.name or f"{node.op}_{index}" if not scope.path else node.name), node
 
 
 def _kept(channels: int, keep: int, group: int) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import onnxruntime as ort
 
+from nmonnx.bench.layers import INLINED
 from nmonnx.bench.subject import Case, Subject
 
 _KERNEL = "_kernel_time"
@@ -95,12 +96,14 @@ def _has_body(event: dict[str, Any]) -> bool:
 
 class _Finder:
     """The sites that a node serves. ONNX Runtime's fused nodes are called after one of the nodes that they were made
-    of, with something behind."""
+    of, with something behind; nodes of a function that is called again have a number after its name."""
 
     def __init__(self, served: Mapping[str, tuple[str, ...]]) -> None:
         self._served = dict(served)
 
     def __call__(self, name: str) -> tuple[str, ...]:
+        if name.startswith(INLINED):
+            name = re.sub(r"_token_\d+(?=_)", "", name, count=1)
         if name not in self._served:
             ends = [m.start() for m in re.finditer(r"(?<=\w)(?=\W|_)", name)]
             known = next((name[:end] for end in reversed(ends) if name[:end] in self._served), None)
