@@ -11,7 +11,7 @@ import numpy as np
 
 from nmonnx.bench.rounds import seconds
 
-_LEAST_BYTES = 256 << 20
+_LEAST_BYTES, _MOST_BYTES = 256 << 20, 1 << 30
 _CACHES = 4
 """The buffer is this many times the last cache."""
 
@@ -31,7 +31,7 @@ def cores() -> int:
 
 def read_bandwidth(threads: int, size: int | None = None, rounds: int = 5) -> float:
     """Bytes per second that `threads` threads read together, each summing its part of a buffer of `size` bytes (by
-    default several times the last cache, at most a quarter of the free memory); the best of the rounds."""
+    default several times the last cache, at most 1 GiB and a quarter of the free memory); the best of the rounds."""
     buffer = np.ones((size or _size()) // 8)
     parts = np.array_split(buffer, threads)
     with ThreadPoolExecutor(threads) as pool:
@@ -42,4 +42,4 @@ def _size() -> int:
     names = [name for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL2_CACHE_SIZE") if name in os.sysconf_names]
     cache = max((os.sysconf(name) for name in names), default=0)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(max(_LEAST_BYTES, _CACHES * cache), max(free // 4, 8 << 20))
+    return min(max(_LEAST_BYTES, _CACHES * cache), _MOST_BYTES, max(free // 4, 8 << 20))
