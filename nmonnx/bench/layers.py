@@ -89,7 +89,8 @@ def read_layers(model: Model) -> Layers:
     No weight is read."""
     found = find_sites(model)
     stock: dict[tuple[str, str], list[Site | Skipped]] = {}
-    for site in (*found.sites, *(s for s in found.skipped if s.linear)):
+    linear: list[Site | Skipped] = [*found.sites, *(s for s in found.skipped if s.linear)]
+    for site in linear:
         stock.setdefault((site.scope, site.output), []).append(site)
     return _Reader(model, stock).read()
 

@@ -58,6 +58,8 @@ def _ratios(axes: Axes, lines: dict[tuple[int, int], list[Result]]) -> None:
 
 
 def _rates(axes: Axes, lines: dict[tuple[int, int], list[Result]]) -> None:
+    from matplotlib.ticker import LogLocator
+
     for number, ((threads, past), results) in enumerate(lines.items()):
         x = [r.case.tokens for r in results]
         for column, (name, style) in enumerate(zip(NAMES, ("--", "-"), strict=True)):
@@ -65,8 +67,9 @@ def _rates(axes: Axes, lines: dict[tuple[int, int], list[Result]]) -> None:
             axes.plot(x, [r.rates[column] for r in results], f"o{style}", color=f"C{number}", ms=4, label=label)
     _token_axis(axes, lines)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.minorticks_off()
     axes.set_ylabel("tokens per second")
     axes.set_title("Speed", fontsize=10)
     axes.legend(fontsize=7)
@@ -97,7 +100,7 @@ def _times(axes: Axes, first: Result) -> None:
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.invert_yaxis()
     axes.set_xlabel("ms")
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=3)
 
 
 def _bandwidths(axes: Axes, done: Bench) -> None:

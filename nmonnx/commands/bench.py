@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -28,7 +29,7 @@ def command(
     sparse: Annotated[Path, typer.Argument(help="The model to measure, for example its conversion.")],
     threads: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Intra-op threads, separated by commas. [default: 1 and all cores]"),
+        typer.Option(help="Intra-op threads, separated by commas; by default 1 and all cores."),
     ] = None,
     tokens: Annotated[str, typer.Option(help="Tokens of a call, separated by commas.")] = "1,4,16,64,256",
     past: Annotated[str, typer.Option(help="Tokens in the cache before it, separated by commas.")] = "0,256",
@@ -57,6 +58,8 @@ def command(
     with Console(stderr=True).status("reading") as status:
         done = bench(dense, sparse, plan, lambda what: status.update(what))
     told = benchmark(done, verbose)
+    if any(path.suffix == ".html" for path in places) and not can_plot():
+        told = replace(told, words=(*told.words, f"No plot in the report: matplotlib is not installed; {INSTALL}."))
     if as_json:
         sys.stdout.write(to_json(told))
     tell(told, None, quiet or as_json)
@@ -72,8 +75,6 @@ def benchmark(done: Bench, verbose: bool = False) -> Report:
         about += " An interval needs 6 rounds or more."
     machine = ", ".join(f"{b / 1e9:.1f} GB/s with {counted(t, 'thread')}" for t, b in done.memory.items())
     words = [about, f"This machine reads {machine}.", *done.notes]
-    if not can_plot():
-        words.append(f"No plot in a report: matplotlib is not installed; {INSTALL}.")
     first = done.results[0]
     tables = [_times(done), _weights(done), _loading(done)]
     if first.profiles:
