@@ -169,8 +169,8 @@ def test_a_file_that_is_no_model_is_refused_in_one_sentence(tmp_path):
         library.make_session(tmp_path / "text.onnx", library=False)
 
 
-def test_the_kernels_stay_inside_their_buffers(tmp_path):
-    """custom_ops/tests/kernels_test.cc under AddressSanitizer and UndefinedBehaviorSanitizer."""
+def test_the_kernels_stay_inside_their_buffers_under_sanitizers(tmp_path):
+    """kernels_test of custom_ops/tests under AddressSanitizer and UndefinedBehaviorSanitizer."""
     if not shutil.which("cmake") or not _can_sanitize(tmp_path):
         pytest.skip("cmake or a compiler with sanitizers is not installed")
     build = tmp_path / "build"
@@ -180,7 +180,10 @@ def test_the_kernels_stay_inside_their_buffers(tmp_path):
     for line in headers[-1].read_text().splitlines() if headers else []:
         if line.startswith("NMONNX_HIGHWAY_INCLUDE_DIR:"):
             configure.append(f"-D{line}")
-    _succeed(configure)
+    configured = subprocess.run(configure, capture_output=True, text=True)
+    if "Highway's headers were not found" in configured.stderr:
+        pytest.skip("Highway's headers are not installed and could not be fetched")
+    assert configured.returncode == 0, configured.stderr[-3000:]
     _succeed(["cmake", "--build", str(build), "--target", "kernels_test", "--parallel", "2"])
     tested = _succeed([str(build / "kernels_test")]).splitlines()
     assert tested[0] == "ok scalar"
