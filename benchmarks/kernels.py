@@ -5,24 +5,23 @@
 
 matmul: NMMatMul against MatMul on the same weights. A session holds enough layers that their weights do not fit
 any cache, each with weights of its own (ONNX Runtime shares equal constants). prune: NMPrune against ONNX
-Runtime's Abs (one pass over the same tensor) and a plain copy. Rounds alternate A B A B; a figure is the median
+Runtime's Abs (one pass over the same tensor) and a plain copy. Rounds alternate A B B A; a figure is the median
 of the rounds, a ratio the median of the rounds' ratios, below 1 where the custom op is faster.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
+from nmonnx.bench import machine
+from nmonnx.bench.rounds import paired
 from nmonnx.library import DOMAIN, register
 from nmonnx.pattern import Pattern
 
@@ -32,7 +31,7 @@ TYPES = {"f32": (np.float32, TensorProto.FLOAT), "f16": (np.float16, TensorProto
 
 def main() -> None:
     arguments = _parse()
-    print(f"{_cpu()}, onnxruntime {onnxruntime.__version__}, {arguments.threads} thread(s)")
+    print(f"{machine.cpu()}, onnxruntime {onnxruntime.__version__}, {arguments.threads} thread(s)")
     if arguments.what == "matmul":
         _bench_matmul(arguments)
     else:
@@ -49,7 +48,7 @@ def _bench_matmul(arguments: argparse.Namespace) -> None:
             for tokens in arguments.tokens:
                 x = _activations(tokens, k, arguments.type)
                 runs = [partial(session.run, None, {"x": x}) for session in (dense, sparse)]
-                times = _paired(runs, arguments.rounds) / len(weights)
+                times = paired(runs, arguments.rounds) / len(weights)
                 base, ours = np.median(times, axis=0) * 1e6
                 ratio = np.median(times[:, 1] / times[:, 0])
                 print(f"| {k},{n} | {pattern} | {tokens} | {base:.0f} | {ours:.0f} | {ratio:.2f} |", flush=True)
@@ -64,7 +63,7 @@ def _bench_prune(arguments: argparse.Namespace) -> None:
                 y = np.empty_like(x)
                 ours = _bound_run(_prune_model(pattern, arguments.type), x, arguments.threads)
                 passing = _bound_run(_prune_model(None, arguments.type), x, arguments.threads)
-                times = _paired([partial(np.copyto, y, x), passing, ours], arguments.rounds)
+                times = paired([partial(np.copyto, y, x), passing, ours], arguments.rounds)
                 copy, base, prune = np.median(times, axis=0) * 1e6
                 of_base, of_copy = np.median(times[:, 2:] / times[:, 1::-1], axis=0)
                 print(
@@ -72,19 +71,6 @@ def _bench_prune(arguments: argparse.Namespace) -> None:
                     f" | {of_copy:.2f} |",
                     flush=True,
                 )
-
-
-def _paired(runs: Sequence[Callable[[], object]], rounds: int) -> np.ndarray:
-    """Seconds of each run, [rounds, len(runs)], alternating; a run is repeated until it takes 2 ms."""
-    repeats = [max(1, int(2e-3 / max(1e-7, _seconds(run, 3)))) for run in runs]
-    return np.array([[_seconds(run, n) for run, n in zip(runs, repeats, strict=True)] for _ in range(rounds)])
-
-
-def _seconds(run: Callable[[], object], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    return (time.perf_counter() - start) / repeats
 
 
 def _weights(k: int, n: int, kind: str) -> list[np.ndarray]:
@@ -142,13 +128,6 @@ def _bound_run(model: bytes, x: np.ndarray, threads: int) -> Callable[[], object
     binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(x))
     binding.bind_ortvalue_output("y", onnxruntime.OrtValue.ortvalue_from_numpy(np.empty_like(x)))
     return partial(session.run_with_iobinding, binding)
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _parse() -> argparse.Namespace:

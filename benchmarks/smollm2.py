@@ -8,7 +8,6 @@ paired rounds, which alternate between the two models in one process.
 
 from __future__ import annotations
 
-import platform
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +15,7 @@ import onnxruntime
 import typer
 from rich.console import Console
 
+from nmonnx.bench import machine
 from nmonnx.convert import convert
 from nmonnx.demo import speeds
 from nmonnx.errors import NmonnxError
@@ -59,7 +59,7 @@ def main(
         speeds = [_ratio(dense, path, int(t), ids, rounds, words) for t in threads.split(",") if rounds]
         rows.append([name, ppl, *speeds])
     about = (
-        f"{_cpu()}, onnxruntime {onnxruntime.__version__}, {dtype}, lm_head dense.",
+        f"{machine.cpu()}, onnxruntime {onnxruntime.__version__}, {dtype}, lm_head dense.",
         *([f"Perplexity: {quality['dense'].protocol}, {text.name}."] if quality else []),
     )
     result = Report("SmolLM2-135M-Instruct, magnitude pruning alone", about, (table("Results", columns, rows),))
@@ -85,12 +85,6 @@ def _ratio(dense: Path, path: Path, threads: int, ids, rounds: int, words: Conso
     with progress_bar(words, f"decode, {path.stem}, {threads} threads") as step:
         _, speed = speeds(Decoder(dense, threads), Decoder(path, threads), ids[:64], 24, rounds, step)
     return f"{speed.ratio:.2f} ({speed.sparse:.1f} / {speed.dense:.1f} tokens/s)"
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

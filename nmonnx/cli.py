@@ -14,6 +14,7 @@ from rich.console import Console
 
 import nmonnx
 from nmonnx.commands import (
+    bench,
     calibrate,
     convert,
     demo,
@@ -46,6 +47,7 @@ for command in (
     fit,
     convert,
     validate,
+    bench,
     evaluate,
     sweep,
     diff,

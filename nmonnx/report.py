@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -89,6 +90,11 @@ def check_place(flag: str, path: Path, suffixes: Collection[str]) -> None:
             pass
     except OSError as e:
         raise UsageError(f"{flag} {path} cannot be written: {e.strerror}; choose another place") from e
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
 
 
 def write(report: Report, path: Path) -> None:

@@ -91,7 +91,7 @@ void Linear(const Call& call, const Attributes& attributes, const Kernels& kerne
 
   for (size_t first = 0; first < tokens; first += kMaxTokens) {
     const size_t some = std::min(kMaxTokens, tokens - first);
-    const Plan plan = PlanProduct(MatMulOf(kernels, w), w, attributes.pattern, some, channels, attributes.panel_tokens);
+    const Plan plan = PlanProduct(kernels, w, attributes.pattern, some, channels, attributes.panel_tokens);
     KeptLists lists(some, channels, plan.block_rows, attributes.pattern, criterion, dense.From(first));
     lists.Fill(call, kernels, inputs.x.As<X>() + first * channels);
     float* sums = SumsIn(y + first * columns, some * columns, scratch);

@@ -14,20 +14,21 @@ constexpr size_t kColumnStep = 64;
 constexpr size_t kStripBytes = 8192;       // of a row, that several tokens add in turn: some rows of it stay in the L2 cache
 constexpr size_t kPanelRows = 32;
 constexpr size_t kPanelSums = 1 << 17;     // bytes of the sums of a task: they stay in the L2 cache
-constexpr size_t kPanelTasks = 4;          // at least, where there are as many panels
+constexpr size_t kPanelTasks = 2;          // at least, where there are as many panels
 
 size_t CeilDiv(size_t a, size_t b) { return (a + b - 1) / b; }
 size_t RoundUp(size_t a, size_t b) { return CeilDiv(a, b) * b; }
 
-// The table that `benchmarks/kernels.py thresholds` measures: from how many tokens on panels are faster, and the kept rows
-// that one sweep of a kernel takes.
+// The table that `benchmarks/thresholds.py` measures: from how many tokens on panels are faster, and the kept rows that one
+// sweep of a kernel takes.
 constexpr size_t kNever = kMaxTokens + 1;
 constexpr size_t kManyColumns = 4096;
 
 template <class T>
-size_t PanelTokens(const DenseWeight<T>&, bool) { return 10; }
-size_t PanelTokens(const BlockWeight<8>&, bool dots) { return dots ? 64 : 24; }
-size_t PanelTokens(const BlockWeight<4>& w, bool dots) {
+size_t PanelTokens(const Kernels& kernels, const DenseWeight<T>&) { return kernels.panel.lanes >= 16 ? 5 : 10; }
+size_t PanelTokens(const Kernels& kernels, const BlockWeight<8>&) { return kernels.matmul_int8.dots ? 64 : 24; }
+size_t PanelTokens(const Kernels& kernels, const BlockWeight<4>& w) {
+  const bool dots = kernels.matmul_int4.dots;
   if (!w.values_8_bits && !dots) return 48;
   return w.columns < kManyColumns ? kNever : dots ? 128 : 64;
 }
@@ -214,10 +215,10 @@ Floats AllocateFloats(size_t count) {
 }
 
 template <class W>
-Plan PlanProduct(const MatMulKernels<W>& kernels, const W& w, Pattern pattern, size_t tokens, size_t channels,
+Plan PlanProduct(const Kernels& kernels, const W& w, Pattern pattern, size_t tokens, size_t channels,
                  size_t panel_tokens) {
   if (tokens == 1) return {Method::kRows, std::max<size_t>(1, channels)};
-  if (tokens >= (panel_tokens ? panel_tokens : PanelTokens(w, kernels.dots))) return {Method::kPanels, kPanelRows};
+  if (tokens >= (panel_tokens ? panel_tokens : PanelTokens(kernels, w))) return {Method::kPanels, kPanelRows};
   const size_t groups = CeilDiv(SweepRows(w), static_cast<size_t>(pattern.keep));  // one sweep per token
   return {Method::kRows, groups * static_cast<size_t>(pattern.group)};
 }
@@ -230,7 +231,7 @@ void Multiply(const Call& call, const Kernels& kernels, const KeptLists& lists, 
 }
 
 #define NMONNX_PRODUCT(W)                                                                                    \
-  template Plan PlanProduct(const MatMulKernels<W>&, const W&, Pattern, size_t, size_t, size_t);             \
+  template Plan PlanProduct(const Kernels&, const W&, Pattern, size_t, size_t, size_t);                      \
   template void Multiply(const Call&, const Kernels&, const KeptLists&, const W&, Method, const float*, float*);
 NMONNX_PRODUCT(DenseWeight<float>)
 NMONNX_PRODUCT(DenseWeight<Half>)

@@ -28,7 +28,7 @@ struct Plan {
 
 // `panel_tokens`: from how many tokens on the panels are used; 0 leaves it to the table.
 template <class W>
-Plan PlanProduct(const MatMulKernels<W>& kernels, const W& w, Pattern pattern, size_t tokens, size_t channels, size_t panel_tokens);
+Plan PlanProduct(const Kernels& kernels, const W& w, Pattern pattern, size_t tokens, size_t channels, size_t panel_tokens);
 
 // y [tokens, columns] = sum over the lists + bias, which may be nullptr.
 template <class W>

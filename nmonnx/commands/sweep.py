@@ -23,7 +23,7 @@ from nmonnx.commands.options import (
 )
 from nmonnx.errors import InputError, RunError, UsageError
 from nmonnx.parallel import INSTALL, Workers
-from nmonnx.report import Report, check_format, counted, table
+from nmonnx.report import Report, can_plot, check_format, counted, table
 
 if TYPE_CHECKING:
     from nmonnx.sweeps.pareto import Row
@@ -169,8 +169,6 @@ def sweep(
     inputs: tuple[Path, ...],
 ) -> Report:
     """One row for each recipe, the least read first; the Pareto front is marked."""
-    from nmonnx.sweeps.pareto import can_plot
-
     recipes, predicted = counted(len(rows), "recipe"), sum(dense.window_tokens)
     words = [f"{recipes}; dense perplexity {dense.ppl:.2f}, {predicted} tokens predicted."]
     words.append(f"Text: {dense.protocol}; {dense.threads} threads. * no other recipe reads as little and loses less.")
@@ -204,7 +202,7 @@ def sweep(
 def _write(output: Path, rows: list[Row], answer: Answer | None) -> None:
     """results.csv, the plot, and the answer of a search."""
     from nmonnx.onnx_file.save import staging
-    from nmonnx.sweeps.pareto import can_plot, plot
+    from nmonnx.sweeps.pareto import plot
 
     text = io.StringIO()
     names = ("recipe", "ppl", "nll", "difference", "difference_error", "kept_pruned", "kept", "pareto", "json")

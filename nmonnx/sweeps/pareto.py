@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from typing import Any, BinaryIO
 
 from nmonnx.evaluation.intervals import mean_error
@@ -47,10 +46,6 @@ def compare(dense: Measured, results: Mapping[str, Measured]) -> list[Row]:
         lowest = min(lowest, row.difference)
         front.append(Row(row.label, row.measured, row.difference, row.difference_error, best))
     return front
-
-
-def can_plot() -> bool:
-    return find_spec("matplotlib") is not None
 
 
 def plot(rows: Sequence[Row], files: Mapping[str, BinaryIO]) -> None:

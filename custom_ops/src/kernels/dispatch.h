@@ -113,6 +113,7 @@ struct MatMulKernels {
 
 struct PanelKernels {
   size_t columns;
+  size_t lanes;  // floats in a vector
   // For each token t: y[t][0..columns) += sum of value * panel[row - first_row] over its entries. What is `ahead` is
   // fetched towards the cache meanwhile.
   void (*add)(const BlockEntries& block, const float* panel, const Ahead& ahead, float* y);

@@ -35,7 +35,8 @@ HWY_INLINE VF LoadWide(const Half* p) { return WidenHalf(p); }
 
 constexpr size_t kLine = 64;
 constexpr size_t kSweepRows = 8;
-constexpr size_t kLongRow = 4096;  // bytes from which on the CPU fetches ahead by itself, and better
+// Bytes of a row from which on the CPU fetches ahead by itself, and better; with AVX-512 it never did better.
+constexpr size_t kLongRow = kLanes >= 16 ? size_t{1} << 30 : 4096;
 
 // Into the L2 cache: the L1 cache is full of what is being multiplied.
 HWY_INLINE void Fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
@@ -174,7 +175,7 @@ void AddPanel(const BlockEntries& block, const float* panel, const Ahead& ahead,
 
 }  // namespace
 
-PanelKernels PanelTable() { return {kPanelColumns, AddPanel}; }
+PanelKernels PanelTable() { return {kPanelColumns, kLanes, AddPanel}; }
 
 MatMulKernels<DenseWeight<float>> MatMulTableFloat() { return {AddRows<float>, CopyPanel<float>}; }
 

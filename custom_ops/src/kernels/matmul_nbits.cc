@@ -68,21 +68,23 @@ bool Quantise(const Entry* entries, size_t length, bool to_8_bits, Run& run) {
   const float most = hn::GetLane(hn::BitCast(d, hn::MaxOfLanes(di, hn::BitCast(di, largest))));
   const float steps = most == 0.0f ? 0.0f : max_whole / most;
   if (!std::isfinite(most) || !std::isfinite(steps)) return false;
-  int32_t whole[kRunRows];
+  const hn::Rebind<int16_t, D4> d16;
+  const hn::Rebind<int8_t, D4> d8;
+  auto high_sum = hn::Zero(di), low_sum = hn::Zero(di);
   for (size_t r = 0; r < kRunRows; r += hn::Lanes(d)) {
-    hn::StoreU(hn::NearestInt(hn::Mul(hn::LoadU(d, values + r), hn::Set(d, steps))), di, whole + r);
+    const auto whole = hn::NearestInt(hn::Mul(hn::LoadU(d, values + r), hn::Set(d, steps)));
+    const auto low = to_8_bits ? hn::Zero(di) : hn::ShiftRight<24>(hn::ShiftLeft<24>(whole));
+    const auto high = to_8_bits ? whole : hn::ShiftRight<8>(hn::Sub(whole, low));
+    hn::StoreU(hn::DemoteTo(d16, whole), d16, run.whole + r);
+    hn::StoreU(hn::DemoteTo(d8, low), d8, run.low + r);
+    hn::StoreU(hn::DemoteTo(d8, high), d8, run.high + r);
+    high_sum = hn::Add(high_sum, high);
+    low_sum = hn::Add(low_sum, low);
   }
-  int high_sum = 0, low_sum = 0;
-  for (size_t r = 0; r < kRunRows; ++r) {
-    run.whole[r] = static_cast<int16_t>(whole[r]);
-    run.low[r] = static_cast<int8_t>(to_8_bits ? 0 : whole[r]);
-    run.high[r] = static_cast<int8_t>(to_8_bits ? whole[r] : (whole[r] - run.low[r]) >> 8);
-    high_sum += run.high[r];
-    low_sum += run.low[r];
-  }
-  run.whole_sum = to_8_bits ? high_sum : 256 * high_sum + low_sum;
-  run.start_high = static_cast<int16_t>(-8 * high_sum);
-  run.start_low = static_cast<int16_t>(-8 * low_sum);
+  const int32_t of_high = hn::GetLane(hn::SumOfLanes(di, high_sum)), of_low = hn::GetLane(hn::SumOfLanes(di, low_sum));
+  run.whole_sum = to_8_bits ? of_high : 256 * of_high + of_low;
+  run.start_high = static_cast<int16_t>(-8 * of_high);
+  run.start_low = static_cast<int16_t>(-8 * of_low);
   run.step = most / max_whole;
   run.sum = run.step * static_cast<float>(run.whole_sum);
   return true;
@@ -137,6 +139,10 @@ void AddRun(const Run& run, Fetcher ahead, size_t block, const BlockWeight<F::kB
     for (; n + F::kColumns <= count; n += F::kColumns) {
       ahead.Take(run.count * F::kColumns / kPerByte);
       AddStep<F, kZeros>(run, (begin + n) / kPerByte, piece, n, sums);
+    }
+    using Narrow = Form<F::kBits, F::kLow, false>;  // a step of fewer columns, or the same
+    for (; n + Narrow::kColumns <= count; n += Narrow::kColumns) {
+      AddStep<Narrow, kZeros>(run, (begin + n) / kPerByte, piece, n, sums);
     }
     const size_t bytes = F::kBits == 4 ? (count - n + 31) / 32 * 16 : count - n;
     if (n < count) AddRest<F, kZeros>(run, (begin + n) / kPerByte, bytes, piece, n, count - n, sums);

@@ -76,7 +76,7 @@ Kernels PortableKernels() {
   return {"scalar",
           {Select<float>, Select<Half>, Select<int32_t>, PortableApply<float>, PortableApply<Half>, WidenAll,
            NarrowAll},
-          {kPanelColumns, AddPanel},
+          {kPanelColumns, 1, AddPanel},
           MatMulTable<DenseWeight<float>>(),
           MatMulTable<DenseWeight<Half>>(),
           MatMulTable<BlockWeight<8>>(),
