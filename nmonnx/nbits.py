@@ -137,6 +137,13 @@ def quantise(weight: np.ndarray, bits: int, block_size: int = BLOCK_SIZE) -> Qua
     return Quantised(bits, block_size, np.ascontiguousarray(data), scales.astype(kind))
 
 
+def in_half(scales: np.ndarray) -> np.ndarray:
+    """The same scales in float16 if every one is a float16, else as they are."""
+    with np.errstate(over="ignore"):
+        half = scales.astype(np.float16)
+    return half if np.array_equal(half.astype(scales.dtype), scales) else scales
+
+
 def _rounded(cut: np.ndarray, scales: np.ndarray, lowest: int) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         steps = np.where(scales == 0, np.float32(0), cut / scales)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import helper
 
-from nmonnx.nbits import pack, packed_shape
+from nmonnx.nbits import in_half, pack, packed_shape
 from nmonnx.onnx_file.graph import Computed, Model
 from nmonnx.passes.surgery import Names
 from nmonnx.sites import Site
@@ -25,18 +25,20 @@ def attributes(bits: int, block_size: int, accuracy_level: int) -> dict[str, int
 
 
 def repacked(site: Site) -> Parts:
-    """The codes, scales and zero points of the layer, in the layout of the op. Raises InputError, with the reason
-    alone, for zero points that cannot be stored there."""
+    """The codes, scales (in float16 where that is exact) and zero points of the layer, in the layout of the op. Raises
+    InputError, with the reason alone, for zero points that cannot be stored there."""
     how = site.quantised
     assert how is not None
-    scales, zeros = how.scales(), how.zeros()
+    scales, zeros = in_half(how.scales()), how.zeros()
+    if zeros is not None and zeros.dtype.kind == "f" and zeros.dtype != scales.dtype:
+        scales = how.scales()  # floating-point zero points are of the type of the scales
 
     def data() -> np.ndarray:
         return pack(how.codes()) if how.bits == 4 else how.codes()
 
     parts = {
         "W": _part(code_type(how.bits), packed_shape(site.k, site.n, how.bits), data),
-        "scales": part(scales, how.scales),
+        "scales": part(scales, lambda: scales),
     }
     if zeros is not None:
         parts["zeros"] = part(zeros, lambda: zeros)

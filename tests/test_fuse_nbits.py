@@ -125,6 +125,17 @@ def test_every_spelling_becomes_the_same_product(original: Path, tmp_path: Path)
     assert np.abs(kernel - want).max() <= (2e-2 if "accuracy_level" in str(proto) else 2e-4) * size
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_scales_that_are_float16_are_stored_so(tmp_path: Path, exact: bool) -> None:
+    nodes, weights = SPELLINGS["of 16 channels"]
+    scales = weights["s"].astype(np.float16).astype(np.float32) if exact else weights["s"]
+    out = tmp_path / "sparse.onnx"
+    convert(built(tmp_path, nodes, {**weights, "s": scales}), out, FUSED)
+    (stored,) = (numpy_helper.to_array(t) for t in onnx.load(out).graph.initializer if t.name.endswith("_scales"))
+    assert stored.dtype == (np.float16 if exact else np.float32)
+    np.testing.assert_array_equal(stored.astype(np.float32), scales.T)
+
+
 def _reads(proto: onnx.ModelProto, name: str) -> bool:
     return any(name in node.input for node in proto.graph.node)
 

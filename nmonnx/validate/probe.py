@@ -78,8 +78,7 @@ class Probe:
         if self.claim.kernel != "NMMatMulNBits" or self.node is None:
             return 0.0
         asked = {a.name: a.i for a in self.node.attribute}
-        eight = asked.get("bits") == 4 and asked.get("accuracy_level") == 4
-        return 0.5 / ((1 << (7 if eight else 15)) - 1)
+        return 0.5 / ((1 << (7 if asked.get("accuracy_level") == 4 else 15)) - 1)
 
     @property
     def variance(self) -> bool:
