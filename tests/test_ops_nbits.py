@@ -252,7 +252,12 @@ def _matmulnbits(whole, scales, bits, block, x):
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(helper.make_graph([node], "g", ends[:1], ends[1:], constants), opset_imports=opsets)
     model.ir_version = 8
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    try:
+        session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    except Exception as e:
+        if "Only 4b quantization is supported" in str(e):
+            pytest.skip(f"MatMulNBits of onnxruntime {ort.__version__} has 4 bits only")
+        raise
     return session.run(None, {"x": x})[0]
 
 
