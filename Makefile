@@ -36,7 +36,7 @@ lint: install ## check style and types
 	$(BIN)/mypy
 
 bench: install ## measure the kernels beside ONNX Runtime's own
-	$(BIN)/python benchmarks/kernels.py matmul
+	$(BIN)/python benchmarks/kernels.py table
 
 sanitize: install ## run the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python -m pytest tests -k sanitize

@@ -1,155 +1,287 @@
 """Speed of the custom ops against ONNX Runtime's own kernels, in one process, round by round.
 
-    python benchmarks/kernels.py matmul --shapes 2048x2048,4096x4096 --tokens 1,8,64 --threads 1
-    python benchmarks/kernels.py prune --channels 2048 --tokens 1,64,256
+    python benchmarks/kernels.py table --report table.md        every target of the project, with what bounds it
+    python benchmarks/kernels.py matmul --form int4 --shapes 2048x2048 --tokens 1,8,64 --threads 1,2
+    python benchmarks/kernels.py prune --channels 2048 --tokens 1,64,16384
+    python benchmarks/kernels.py thresholds --form fp32         from how many tokens on panels beat rows
 
-matmul: NMMatMul against MatMul on the same weights. A session holds enough layers that their weights do not fit
-any cache, each with weights of its own (ONNX Runtime shares equal constants). prune: NMPrune against ONNX
-Runtime's Abs (one pass over the same tensor) and a plain copy. Rounds alternate A B B A; a figure is the median
-of the rounds, a ratio the median of the rounds' ratios, below 1 where the custom op is faster.
+Rounds alternate A B B A; a figure is the median of the rounds, a ratio the median of the rounds' ratios, below 1 where
+the custom op is faster. Weights are cold: a session holds more of them than any cache, different in every layer.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-import onnx
 import onnxruntime
-from onnx import TensorProto, helper, numpy_helper
+import typer
+from kernel_layers import Layers, activations, numbers, prune_session, shapes
+from rich.console import Console
 
 from nmonnx.bench import machine
-from nmonnx.bench.rounds import paired
-from nmonnx.library import DOMAIN, register
+from nmonnx.bench.rounds import median_interval, paired
 from nmonnx.pattern import Pattern
+from nmonnx.report import Report, show, table, write
 
-COLD_BYTES = 192 << 20
-TYPES = {"f32": (np.float32, TensorProto.FLOAT), "f16": (np.float16, TensorProto.FLOAT16)}
+COLD_BYTES = 160 << 20
+"""Of the weights of a session."""
 
+FEW_LAYERS = 6
+"""Of a session for many tokens, where the time is that of the arithmetic."""
 
-def main() -> None:
-    arguments = _parse()
-    print(f"{machine.cpu()}, onnxruntime {onnxruntime.__version__}, {arguments.threads} thread(s)")
-    if arguments.what == "matmul":
-        _bench_matmul(arguments)
-    else:
-        _bench_prune(arguments)
+MANY_TOKENS = 12
+SIZES = "576x1536,2048x2048,2048x8192,8192x2048,4096x4096,4096x11008"
 
-
-def _bench_matmul(arguments: argparse.Namespace) -> None:
-    print("| K,N | pattern | T | MatMul us | NMMatMul us | ratio |\n|---|---|---|---|---|---|")
-    for k, n in arguments.shapes:
-        weights = _weights(k, n, arguments.type)
-        dense = _session(_matmul_model(weights, None), arguments.threads)
-        for pattern in arguments.patterns:
-            sparse = _session(_matmul_model(weights, pattern), arguments.threads)
-            for tokens in arguments.tokens:
-                x = _activations(tokens, k, arguments.type)
-                runs = [partial(session.run, None, {"x": x}) for session in (dense, sparse)]
-                times = paired(runs, arguments.rounds) / len(weights)
-                base, ours = np.median(times, axis=0) * 1e6
-                ratio = np.median(times[:, 1] / times[:, 0])
-                print(f"| {k},{n} | {pattern} | {tokens} | {base:.0f} | {ours:.0f} | {ratio:.2f} |", flush=True)
+app = typer.Typer(add_completion=False, help=__doc__)
+Shapes = Annotated[str, typer.Option(help="KxN, ...")]
+Patterns = Annotated[str, typer.Option(help="N:M, ...")]
+Tokens = Annotated[str, typer.Option(help="Tokens of a call, ...")]
+Threads = Annotated[str, typer.Option(help="Threads, ...")]
+Rounds = Annotated[int, typer.Option(help="Paired rounds.")]
+Form = Annotated[str, typer.Option(help="fp32, fp16, int8 or int4.")]
+ReportFile = Annotated[Path | None, typer.Option("--report", help="Also write .md, .json or .html.")]
 
 
-def _bench_prune(arguments: argparse.Namespace) -> None:
-    print("| K | pattern | T | copy us | Abs us | NMPrune us | of Abs | of copy |\n|---|---|---|---|---|---|---|---|")
-    for channels in arguments.channels:
-        for pattern in arguments.patterns:
-            for tokens in arguments.tokens:
-                x = _activations(tokens, channels, arguments.type)
+@dataclass(frozen=True)
+class Target:
+    """The ratio that products of some kind must reach, and the one aimed at; `best` on a CPU with the faster dense
+    kernels (AVX-512 for float32, VNNI for whole numbers), where they differ."""
+
+    form: str
+    pattern: str
+    tokens: tuple[int, ...]
+    must: float
+    aim: float
+    best: tuple[float, float] | None = None
+
+
+_MIDDLE = (2, 3, 4, 6, 8, 12, 16, 24, 31)
+TARGETS = (
+    Target("fp32", "8:16", (1,), 0.50, 0.42),
+    Target("fp32", "4:16", (1,), 0.30, 0.22),
+    Target("fp16", "8:16", (1,), 0.35, 0.25),
+    Target("int8", "8:16", (1,), 0.65, 0.50, (0.45, 0.38)),
+    Target("int8", "4:16", (1,), 0.40, 0.28, (0.27, 0.21)),
+    Target("int4", "8:16", (1,), 0.70, 0.55, (0.42, 0.34)),
+    Target("int4", "4:16", (1,), 0.50, 0.33, (0.26, 0.20)),
+    Target("fp32", "8:16", _MIDDLE, 1.00, 0.85, (1.00, 0.75)),
+    Target("int4", "8:16", _MIDDLE, 1.00, 0.80, (0.60, 0.42)),
+    Target("fp32", "8:16", (64,), 0.90, 0.80, (0.82, 0.64)),
+    Target("fp32", "8:16", (256,), 0.75, 0.63, (0.85, 0.68)),
+    Target("fp32", "4:16", (64,), 0.70, 0.55),
+    Target("fp32", "4:16", (256,), 0.45, 0.36),
+    Target("int4", "8:16", (256,), 0.85, 0.70, (0.55, 0.42)),
+    Target("int4", "4:16", (256,), 0.55, 0.38, (0.42, 0.30)),
+)
+
+HEAD = ("weights", "K,N", "pattern", "T", "threads", "dense us", "sparse us", "ratio", "95 % interval")
+
+
+@app.command("table")
+def whole(
+    sizes: Shapes = SIZES,
+    threads: Threads = "1,2",
+    rounds: Rounds = 11,
+    forms: Annotated[str, typer.Option(help="Forms of the weights to measure.")] = "fp32,fp16,int8,int4",
+    report: ReportFile = None,
+) -> None:
+    """Every target, at every size."""
+    console, rows, pruned = Console(stderr=True), [], []
+    asked = [target for target in TARGETS if target.form in forms.split(",")]
+    for count in numbers(threads):
+        bandwidth = machine.read_bandwidth(count)
+        for k, n in shapes(sizes):
+            for row in _targets(k, n, count, rounds, asked, bandwidth):
+                console.print(" ".join(row), highlight=False)
+                rows.append(row)
+            pruned += [_whole_prune(k, n, count, rounds, tokens) for tokens in (1, 64)]
+    beyond = [[*row, "1.50", "1.10"] for row in _prunes([2048], [Pattern(8, 16)], [16384], rounds, 1)]
+    tables = (
+        table("Products", (*HEAD, "bound", "must", "aim", "holds"), rows),
+        table("Prune alone, then the dense product", (*HEAD, "must", "aim"), pruned),
+        table("NMPrune and a copy of a tensor larger than the cache", (*_PRUNE_HEAD, "must", "aim"), beyond),
+    )
+    about = (
+        "bound: what one token reads, at the bandwidth of this machine, over the time of the dense kernel.",
+        "Dense: MatMul in float32; MatMulNBits of accuracy level 4 for int8 and int4.",
+    )
+    _tell("Kernels beside ONNX Runtime's own", (_machine(), *about), tables, report)
+
+
+@app.command()
+def matmul(
+    form: Form = "fp32",
+    sizes: Annotated[str, typer.Option("--shapes", help="KxN, ...")] = "576x1536,2048x2048,2048x8192,4096x4096",
+    patterns: Patterns = "8:16",
+    tokens: Tokens = "1,2,4,8,16,24,64,256",
+    threads: Threads = "1",
+    rounds: Rounds = 15,
+    report: ReportFile = None,
+) -> None:
+    """The fused op beside the dense one."""
+    rows = []
+    for count in numbers(threads):
+        for k, n in shapes(sizes):
+            wanted = [(Pattern.parse(p), t) for p in patterns.split(",") for t in numbers(tokens)]
+            for pattern, t, times in _measure(k, n, form, wanted, count, rounds):
+                rows.append(_row(form, k, n, str(pattern), t, count, times))
+    _tell("Products", (_machine(),), (table("Products", HEAD, rows),), report)
+
+
+@app.command()
+def thresholds(
+    form: Form = "fp32",
+    sizes: Annotated[str, typer.Option("--shapes", help="KxN, ...")] = "576x1536,2048x2048,2048x8192",
+    pattern: Annotated[str, typer.Option(help="N:M")] = "8:16",
+    tokens: Tokens = "2,4,5,6,8,10,12,16,24,32,48,64,128",
+    rounds: Rounds = 11,
+) -> None:
+    """Rows beside panels, as the attribute `panel_tokens` forces them: the table in custom_ops/src/product.cc."""
+    rows = []
+    for k, n in shapes(sizes):
+        layers = Layers(k, n, form, _count(k, n, form, 1))
+        ways = [layers.sparse(1, Pattern.parse(pattern), panel_tokens) for panel_tokens in (1 << 20, 2)]
+        for t in numbers(tokens):
+            times = _times(ways, activations(t, k), rounds)
+            ratio, _ = _ratio(times)
+            rows.append([form, f"{k},{n}", pattern, str(t), f"{ratio:.2f}", "panels" if ratio < 1 else "rows"])
+    head = ("weights", "K,N", "pattern", "T", "panels / rows", "faster")
+    _tell("Rows and panels", (_machine(),), (table("Rows and panels", head, rows),), None)
+
+
+_PRUNE_HEAD = ("K", "pattern", "T", "copy us", "Abs us", "NMPrune us", "of Abs", "of copy")
+
+
+@app.command()
+def prune(
+    channels: Annotated[str, typer.Option(help="Channels, ...")] = "2048",
+    patterns: Patterns = "2:4,8:16,16:32",
+    tokens: Tokens = "1,64,1024,16384",
+    threads: Annotated[int, typer.Option(help="Threads.")] = 1,
+    rounds: Rounds = 15,
+    report: ReportFile = None,
+) -> None:
+    """NMPrune beside ONNX Runtime's Abs (one pass over the same tensor) and a plain copy."""
+    asked = [Pattern.parse(p) for p in patterns.split(",")]
+    rows = list(_prunes(numbers(channels), asked, numbers(tokens), rounds, threads))
+    _tell("Pruning alone", (_machine(),), (table("Pruning alone", _PRUNE_HEAD, rows),), report)
+
+
+def _targets(
+    k: int, n: int, threads: int, rounds: int, targets: Sequence[Target], bandwidth: float
+) -> Iterator[list[str]]:
+    """A row for each target that one size is measured against."""
+    for form in dict.fromkeys(target.form for target in targets):
+        own = {(t.pattern, tokens): t for t in targets if t.form == form for tokens in t.tokens}
+        wanted = [(Pattern.parse(pattern), tokens) for pattern, tokens in own]
+        for pattern, tokens, times in _measure(k, n, form, wanted, threads, rounds):
+            target = own[str(pattern), tokens]
+            must, aim = target.best if target.best and _has(form) else (target.must, target.aim)
+            ratio, _ = _ratio(times)
+            bound = Layers(k, n, form, 1).read_bytes(pattern) / bandwidth / float(np.median(times[:, 0]))
+            row = _row(form, k, n, str(pattern), tokens, threads, times)
+            yield [*row, f"{bound:.2f}" if tokens == 1 else "", f"{must:.2f}", f"{aim:.2f}", _holds(ratio, must, aim)]
+
+
+def _holds(ratio: float, must: float, aim: float) -> str:
+    return "aim" if ratio <= aim else "must" if ratio <= must else "no"
+
+
+def _has(form: str) -> bool:
+    """Whether the CPU has the instructions that make the dense kernels faster."""
+    flags = machine.flags()
+    return ("avx512_vnni" if form in ("int8", "int4") else "avx512f") in flags
+
+
+def _measure(
+    k: int, n: int, form: str, wanted: Sequence[tuple[Pattern, int]], threads: int, rounds: int
+) -> Iterator[tuple[Pattern, int, np.ndarray]]:
+    """Seconds of a dense and a sparse layer, [rounds, 2], for each pattern and number of tokens."""
+    for many in (False, True):
+        own = [(pattern, tokens) for pattern, tokens in wanted if (tokens >= MANY_TOKENS) is many]
+        if not own:
+            continue
+        layers = Layers(k, n, form, _count(k, n, form, MANY_TOKENS if many else 1))
+        dense = layers.dense(threads)
+        for pattern in dict.fromkeys(pattern for pattern, _ in own):
+            sparse = layers.sparse(threads, pattern)
+            for tokens in [t for p, t in own if p == pattern]:
+                yield pattern, tokens, _times([dense, sparse], activations(tokens, k), rounds) / layers.count
+
+
+def _count(k: int, n: int, form: str, tokens: int) -> int:
+    size = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}[form] * k * n
+    cold = max(2, -(-COLD_BYTES // int(size)))
+    return min(cold, FEW_LAYERS) if tokens >= MANY_TOKENS else cold
+
+
+def _times(sessions: Sequence[onnxruntime.InferenceSession], x: np.ndarray, rounds: int) -> np.ndarray:
+    return paired([partial(session.run, None, {"x": x}) for session in sessions], rounds)
+
+
+def _ratio(times: np.ndarray) -> tuple[float, str]:
+    ratios = times[:, 1] / times[:, 0]
+    interval = median_interval(ratios)
+    return float(np.median(ratios)), f"{interval.low:.2f} to {interval.high:.2f}" if interval else ""
+
+
+def _row(form: str, k: int, n: int, pattern: str, tokens: int, threads: int, times: np.ndarray) -> list[str]:
+    ratio, interval = _ratio(times)
+    dense, sparse = np.median(times, axis=0) * 1e6
+    return [
+        *(form, f"{k},{n}", pattern, str(tokens), str(threads)),
+        *(f"{dense:.0f}", f"{sparse:.0f}", f"{ratio:.2f}", interval),
+    ]
+
+
+def _whole_prune(k: int, n: int, threads: int, rounds: int, tokens: int) -> list[str]:
+    layers = Layers(k, n, "fp32", _count(k, n, "fp32", tokens))
+    ways = [layers.dense(threads), layers.pruned(threads, Pattern(8, 16))]
+    times = _times(ways, activations(tokens, k), rounds) / layers.count
+    return [*_row("fp32", k, n, "8:16", tokens, threads, times), "1.05", "1.02"]
+
+
+def _prunes(
+    channels: Sequence[int], patterns: Sequence[Pattern], tokens: Sequence[int], rounds: int, threads: int
+) -> Iterator[list[str]]:
+    for k in channels:
+        for pattern in patterns:
+            for t in tokens:
+                x = activations(t, k)
                 y = np.empty_like(x)
-                ours = _bound_run(_prune_model(pattern, arguments.type), x, arguments.threads)
-                passing = _bound_run(_prune_model(None, arguments.type), x, arguments.threads)
-                times = paired([partial(np.copyto, y, x), passing, ours], arguments.rounds)
-                copy, base, prune = np.median(times, axis=0) * 1e6
+                runs = [partial(np.copyto, y, x), *(_bound(p, x, threads) for p in (None, pattern))]
+                times = paired(runs, rounds)
+                copy, base, ours = np.median(times, axis=0) * 1e6
                 of_base, of_copy = np.median(times[:, 2:] / times[:, 1::-1], axis=0)
-                print(
-                    f"| {channels} | {pattern} | {tokens} | {copy:.1f} | {base:.1f} | {prune:.1f} | {of_base:.2f}"
-                    f" | {of_copy:.2f} |",
-                    flush=True,
-                )
+                figures = (f"{copy:.1f}", f"{base:.1f}", f"{ours:.1f}", f"{of_base:.2f}", f"{of_copy:.2f}")
+                yield [str(k), str(pattern), str(t), *figures]
 
 
-def _weights(k: int, n: int, kind: str) -> list[np.ndarray]:
-    layers = max(2, -(-COLD_BYTES // (k * n * np.dtype(TYPES[kind][0]).itemsize)))
-    rng = np.random.default_rng(0)
-    return [rng.standard_normal((k, n), np.float32).astype(TYPES[kind][0]) for _ in range(layers)]
-
-
-def _activations(tokens: int, channels: int, kind: str) -> np.ndarray:
-    return np.random.default_rng(1).standard_normal((tokens, channels), np.float32).astype(TYPES[kind][0])
-
-
-def _matmul_model(weights: list[np.ndarray], pattern: Pattern | None) -> bytes:
-    kind = numpy_helper.from_array(weights[0][:1]).data_type
-    nodes = []
-    for i in range(len(weights)):
-        if pattern is None:
-            nodes.append(helper.make_node("MatMul", ["x", f"w{i}"], [f"y{i}"]))
-        else:
-            nodes.append(_custom("NMMatMul", ["x", f"w{i}"], f"y{i}", pattern))
-    constants = [numpy_helper.from_array(w, f"w{i}") for i, w in enumerate(weights)]
-    k, n = weights[0].shape
-    outputs = [helper.make_tensor_value_info(f"y{i}", kind, ["T", n]) for i in range(len(weights))]
-    return _model(nodes, [helper.make_tensor_value_info("x", kind, ["T", k])], outputs, constants)
-
-
-def _prune_model(pattern: Pattern | None, kind: str) -> bytes:
-    node = helper.make_node("Abs", ["x"], ["y"]) if pattern is None else _custom("NMPrune", ["x"], "y", pattern)
-    values = [helper.make_tensor_value_info(name, TYPES[kind][1], ["T", "K"]) for name in "xy"]
-    return _model([node], values[:1], values[1:], [])
-
-
-def _custom(op: str, inputs: list[str], output: str, pattern: Pattern) -> onnx.NodeProto:
-    return helper.make_node(op, inputs, [output], domain=DOMAIN, keep=pattern.n, group=pattern.m)
-
-
-def _model(nodes, inputs, outputs, constants) -> bytes:  # type: ignore[no-untyped-def]
-    graph = helper.make_graph(nodes, "bench", inputs, outputs, constants)
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
-
-
-def _session(model: bytes, threads: int) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    register(options)
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def _bound_run(model: bytes, x: np.ndarray, threads: int) -> Callable[[], object]:
-    """Run without allocating the output anew each time."""
-    session = _session(model, threads)
+def _bound(pattern: Pattern | None, x: np.ndarray, threads: int):  # type: ignore[no-untyped-def]
+    """A run that does not allocate its output anew each time."""
+    session = prune_session(pattern, threads)
     binding = session.io_binding()
     binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(x))
     binding.bind_ortvalue_output("y", onnxruntime.OrtValue.ortvalue_from_numpy(np.empty_like(x)))
     return partial(session.run_with_iobinding, binding)
 
 
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("matmul", "prune"))
-    parser.add_argument("--shapes", type=_shapes, default="576x1536,2048x2048,2048x8192,4096x4096", help="KxN, ...")
-    parser.add_argument("--channels", type=_numbers, default="2048", help="channels of prune")
-    parser.add_argument("--patterns", type=lambda s: [Pattern.parse(p) for p in s.split(",")], default="8:16")
-    parser.add_argument("--tokens", type=_numbers, default="1,2,4,8,16,24,64,256")
-    parser.add_argument("--type", choices=tuple(TYPES), default="f32")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
-    return parser.parse_args()
+def _machine() -> str:
+    return f"{machine.cpu()}, {machine.cores()} cores, onnxruntime {onnxruntime.__version__}."
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def _shapes(text: str) -> list[tuple[int, int]]:
-    return [(int(k), int(n)) for k, n in (part.split("x") for part in text.split(","))]
+def _tell(title: str, words: Sequence[str], tables: Sequence, report: Path | None) -> None:  # type: ignore[type-arg]
+    result = Report(title, tuple(words), tuple(tables))
+    show(result, Console(width=None if sys.stdout.isatty() else 160))
+    if report:
+        write(result, report)
 
 
 if __name__ == "__main__":
-    main()
+    app()

@@ -25,7 +25,10 @@ constexpr size_t kNever = kMaxTokens + 1;
 constexpr size_t kManyColumns = 4096;
 
 template <class T>
-size_t PanelTokens(const Kernels& kernels, const DenseWeight<T>&) { return kernels.panel.lanes >= 16 ? 5 : 10; }
+size_t PanelTokens(const Kernels& kernels, const DenseWeight<T>& w) {
+  const bool aligned = reinterpret_cast<uintptr_t>(w.data) % 64 == 0;  // else every load of a row touches two lines
+  return kernels.panel.lanes >= 16 || !aligned ? 5 : 10;
+}
 size_t PanelTokens(const Kernels& kernels, const BlockWeight<8>&) { return kernels.matmul_int8.dots ? 64 : 24; }
 size_t PanelTokens(const Kernels& kernels, const BlockWeight<4>& w) {
   const bool dots = kernels.matmul_int4.dots;

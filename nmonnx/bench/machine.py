@@ -24,6 +24,14 @@ def cpu() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def flags() -> frozenset[str]:
+    """What the processor can do, in the words of Linux, such as "avx512_vnni"; empty elsewhere."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    words = next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "")
+    return frozenset(words.split())
+
+
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0))
