@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from onnx import TensorProto
 
 from nmonnx.digest import array_sha256
 from nmonnx.errors import InputError
@@ -41,19 +42,25 @@ class QuantiseWeights:
     def apply(self, model: Model, sites: Sequence[Site]) -> PassResult:
         if self.weights == "keep":
             return PassResult(self.name)
-        nodes, left = dict(nodes_of_sites(model)), {}
+        nodes = dict(nodes_of_sites(model))
         fused = [site for site in sites if site.name in nodes and nodes[site.name].op == "NMMatMul"]
         work = _Quantise(model, self.weights)
-        reasons = {site.name: would_be_stored_twice(site, nodes[site.name]) for site in fused}
+        reasons = {site.name: self._refusal(site, nodes[site.name]) for site in fused}
+        left = {name: reason for name, reason in reasons.items() if reason}
         for site in fused:
             try:
-                left[site.name] = reasons[site.name] or work.site(site, nodes[site.name])
+                if site.name not in left:
+                    work.site(site, nodes[site.name])
             except InputError as e:
                 left[site.name] = str(e)
-        left = {name: reason for name, reason in left.items() if reason}
         remove_dead(model, work.dead)
         drop_unread(model)
         return PassResult(self.name, len(fused) - len(left), left)
+
+    def _refusal(self, site: Site, node: gs.Node) -> str:
+        if self.weights == "fp16" and site.fusable is not None and site.fusable.elem == TensorProto.FLOAT16:
+            return "its weight is float16 already"
+        return would_be_stored_twice(site, node)
 
 
 def would_be_stored_twice(site: Site, node: gs.Node) -> str:
@@ -85,7 +92,7 @@ class _Quantise:
         self.made: dict[str, tuple[dict[str, gs.Tensor], NewWeight]] = {}
         self.dead: list[gs.Node] = []
 
-    def site(self, site: Site, node: gs.Node) -> str:
+    def site(self, site: Site, node: gs.Node) -> None:
         """Give one layer its new weight, that of another layer where they share the old one. Raises InputError."""
         old = node.inputs[1]
         if old.name not in self.made:
@@ -97,10 +104,9 @@ class _Quantise:
             node.attrs |= attributes(BITS[self.form], BLOCK_SIZE, accuracy_level=4 if self.form == "int4" else 0)
         node.inputs = inputs_of(node.op, given)
         self.dead += old.inputs
-        return ""
 
     def _make(self, site: Site, old: gs.Tensor) -> tuple[dict[str, gs.Tensor], NewWeight]:
-        computed = self.model.computed.pop(old.name, None)
+        computed = self.model.computed.get(old.name)
         read: Callable[[], np.ndarray] = computed.values if computed else site.weight
         weight = read().astype(np.float32)
         made = in_form(weight, self.form)
@@ -112,6 +118,7 @@ class _Quantise:
             scales = made.scales
             parts["scales"] = part(scales, lambda: scales)
         tensors = add_parts(self.model, self.names, f"{site.name}/weight_{self.form}", parts)
+        self.model.computed.pop(old.name, None)
         replaced = self.model.declared.pop(old.name, {}).get("from", site.initializer)
         for slot, tensor in tensors.items():
             self.model.declared[tensor.name] = {"input": slot, "sha256": array_sha256(kept[slot]), "from": replaced}
