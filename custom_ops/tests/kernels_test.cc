@@ -31,7 +31,8 @@ void TestPrune(const Kernels& kernels, const Kernels& meaning, SelectFn<T> Prune
                ApplyFn<T> PruneKernels::*apply) {
   const int patterns[][2] = {{1, 2}, {2, 4}, {4, 8}, {8, 16}, {4, 16}, {16, 16}, {16, 32}, {32, 64}, {5, 12}, {1, 1},
                              {63, 64}, {3, 33}};
-  const size_t sizes[] = {0, 1, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000, 1024, 2048};
+  const size_t sizes[] = {0,  1,  3,  4,   7,   8,   15,  16,  17,  31,   32,   33,
+                          63, 64, 65, 127, 128, 129, 255, 256, 257, 1000, 1024, 2048};
   for (const auto& pattern : patterns) {
     for (const size_t count : sizes) {
       const auto require = [&](bool condition, const char* what) {

@@ -22,6 +22,7 @@ for version in "$@"; do
   (cd "$repository" && PYTHONPATH=$repository "$venv/bin/python" -m pytest -q -p no:cacheprovider --noconftest \
     tests/test_ops_prune.py tests/test_ops_matmul.py tests/test_ops_library.py \
     tests/test_ops_nbits.py tests/test_ops_nbits_contract.py \
-    --deselect tests/test_ops_library.py::test_the_kernels_stay_inside_their_buffers_under_sanitizers) || failed="$failed $version"
+    --deselect tests/test_ops_library.py::test_the_kernels_stay_inside_their_buffers_under_sanitizers) \
+    || failed="$failed $version"
 done
 [ -z "$failed" ] || { echo "failed with:$failed"; exit 1; }

@@ -95,26 +95,24 @@ class Fetcher {
  public:
   Fetcher(const Entry* entries, size_t count, const uint8_t* data, size_t row_bytes, size_t bytes)
       : entry_(entries), end_(entries + count), data_(data), row_bytes_(row_bytes), bytes_(bytes) {
-    StartRow();
+    if (entry_ != end_) StartRow();
   }
 
   HWY_INLINE void Take(size_t bytes) {
+    if (entry_ == end_) return;
     const uint8_t* stop = at_ + bytes;
-    while (stop >= row_end_ && entry_ != end_) {
+    while (stop >= row_end_) {
       const size_t rest = static_cast<size_t>(stop - row_end_);
       for (; at_ < row_end_; at_ += kLine) Fetch(at_);
-      ++entry_;
+      if (++entry_ == end_) return;
       StartRow();
       stop = at_ + rest;
     }
-    if (entry_ == end_) return;
     for (; at_ < stop; at_ += kLine) Fetch(at_);
   }
 
  private:
   HWY_INLINE void StartRow() {
-    at_ = row_end_ = nullptr;
-    if (entry_ == end_) return;
     at_ = data_ + entry_->row * row_bytes_;
     row_end_ = at_ + bytes_;
   }
@@ -122,7 +120,7 @@ class Fetcher {
   const Entry *entry_, *const end_;
   const uint8_t* const data_;
   const size_t row_bytes_, bytes_;
-  const uint8_t *at_, *row_end_;
+  const uint8_t *at_ = nullptr, *row_end_ = nullptr;
 };
 
 template <class F, bool kZeros, class S>
