@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <new>
 
+#include "by_dots.h"
+
 namespace nmonnx {
 namespace {
 
@@ -11,7 +13,7 @@ constexpr size_t kTaskBytes = 1 << 17;     // bytes of W a task reads at least
 constexpr size_t kSumsShare = 32;          // and times the bytes of its sums
 constexpr size_t kLongRow = 32768;         // bytes from which on tasks split the columns, below that the rows
 constexpr size_t kColumnStep = 64;
-constexpr size_t kStripBytes = 8192;       // of a row, that several tokens add in turn: some rows of it stay in the L2 cache
+constexpr size_t kStripBytes = 8192;       // of a row, that several tokens add in turn while they are in the L2 cache
 constexpr size_t kPanelRows = 32;
 constexpr size_t kPanelSums = 1 << 17;     // bytes of the sums of a task: they stay in the L2 cache
 constexpr size_t kPanelTasks = 2;          // at least, where there are as many panels
@@ -19,8 +21,8 @@ constexpr size_t kPanelTasks = 2;          // at least, where there are as many 
 size_t CeilDiv(size_t a, size_t b) { return (a + b - 1) / b; }
 size_t RoundUp(size_t a, size_t b) { return CeilDiv(a, b) * b; }
 
-// The table that `benchmarks/thresholds.py` measures: from how many tokens on panels are faster, and the kept rows that one
-// sweep of a kernel takes.
+// The table that `benchmarks/kernels.py thresholds` measures: from how many tokens on panels are faster, and the kept
+// rows that one sweep of a kernel takes.
 constexpr size_t kNever = kMaxTokens + 1;
 constexpr size_t kManyColumns = 4096;
 
@@ -29,11 +31,31 @@ size_t PanelTokens(const Kernels& kernels, const DenseWeight<T>& w) {
   const bool aligned = reinterpret_cast<uintptr_t>(w.data) % 64 == 0;  // else every load of a row touches two lines
   return kernels.panel.lanes >= 16 || !aligned ? 5 : 10;
 }
-size_t PanelTokens(const Kernels& kernels, const BlockWeight<8>&) { return kernels.matmul_int8.dots ? 64 : 24; }
+size_t PanelTokens(const Kernels& kernels, const BlockWeight<8>&) { return kernels.matmul_int8.add_dots ? 64 : 24; }
 size_t PanelTokens(const Kernels& kernels, const BlockWeight<4>& w) {
-  const bool dots = kernels.matmul_int4.dots;
+  const bool dots = kernels.matmul_int4.add_dots != nullptr;
   if (!w.values_8_bits && !dots) return 48;
   return w.columns < kManyColumns ? kNever : dots ? 128 : 64;
+}
+
+// The same of dot products, which do not skip what a token does not keep.
+template <class T>
+size_t DotTokens(const Kernels&, const DenseWeight<T>&, Pattern) { return kNever; }
+template <int kBits>
+size_t DotTokens(const Kernels& kernels, const BlockWeight<kBits>& w, Pattern pattern) {
+  if (!MatMulOf(kernels, w).add_dots || 2 * pattern.keep < pattern.group) return kNever;
+  if (4 * pattern.keep >= 3 * pattern.group) return 4;
+  return kBits == 8 ? 24 : w.columns < kManyColumns ? kNever : 16;
+}
+template <class T>
+size_t UnitRows(const DenseWeight<T>&, size_t) { return kUnitRows; }
+
+template <class T>
+void Dots(const Call&, const Kernels&, const KeptLists&, const DenseWeight<T>&, const float*, float*) {}
+template <int kBits>
+void Dots(const Call& call, const Kernels& kernels, const KeptLists& lists, const BlockWeight<kBits>& w,
+          const float* bias, float* y) {
+  ByDots<BlockWeight<kBits>>(call, kernels, lists, w, bias, y).Run();
 }
 
 template <class T>
@@ -221,6 +243,7 @@ template <class W>
 Plan PlanProduct(const Kernels& kernels, const W& w, Pattern pattern, size_t tokens, size_t channels,
                  size_t panel_tokens) {
   if (tokens == 1) return {Method::kRows, std::max<size_t>(1, channels)};
+  if (!panel_tokens && tokens >= DotTokens(kernels, w, pattern)) return {Method::kDots, UnitRows(w, channels)};
   if (tokens >= (panel_tokens ? panel_tokens : PanelTokens(kernels, w))) return {Method::kPanels, kPanelRows};
   const size_t groups = CeilDiv(SweepRows(w), static_cast<size_t>(pattern.keep));  // one sweep per token
   return {Method::kRows, groups * static_cast<size_t>(pattern.group)};
@@ -229,6 +252,7 @@ Plan PlanProduct(const Kernels& kernels, const W& w, Pattern pattern, size_t tok
 template <class W>
 void Multiply(const Call& call, const Kernels& kernels, const KeptLists& lists, const W& w, Method method,
               const float* bias, float* y) {
+  if (method == Method::kDots) return Dots(call, kernels, lists, w, bias, y);
   if (method == Method::kPanels) return ByPanels<W>(call, kernels, lists, w, bias, y).Run();
   ByRows<W>(call, MatMulOf(kernels, w), lists, w, bias, y).Run();
 }

@@ -18,7 +18,7 @@ Floats AllocateFloats(size_t count);
 
 constexpr size_t kMaxTokens = 256;  // tokens of one product at most: bounds the memory of lists and accumulators
 
-enum class Method { kRows, kPanels };
+enum class Method { kRows, kPanels, kDots };
 
 // How a product of `tokens` tokens with W is done, and the rows of W that a block of its lists has.
 struct Plan {

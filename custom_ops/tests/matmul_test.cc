@@ -112,12 +112,49 @@ void TestPanels(const Kernels& kernels, const W& w, Exact<Entry>& entries, const
   }
 }
 
+template <class T>
+void TestDots(const Kernels&, const DenseWeight<T>&, Exact<Entry>&, const Expected&) {}
+
+// Two tokens, the first of which keeps nothing, meet one unit of rows after the other.
+template <int kBits>
+void TestDots(const Kernels& kernels, const BlockWeight<kBits>& w, Exact<Entry>& entries, const Expected& expected) {
+  const auto& kernel = MatMulOf(kernels, w);
+  if (!kernel.add_dots) return;
+  const size_t unit = w.block_rows % kUnitRows == 0 || w.block_rows >= kChannels ? kUnitRows : kUnitRows / 2;
+  Exact<float> sums(2 * w.columns, w.columns % 2);
+  std::fill(sums.data(), sums.data() + sums.size(), 1.0f);
+  for (size_t first = 0, e = 0; first < kChannels; first += unit) {
+    const Span rows{first, std::min(kChannels, first + unit)};
+    Exact<float> values(2 * kUnitRows);
+    Exact<int8_t> high(2 * kUnitRows), low(2 * kUnitRows);
+    std::fill(values.data(), values.data() + values.size(), 0.0f);
+    for (; e < entries.size() && entries[e].row < rows.end; ++e) {
+      values[kUnitRows + entries[e].row - first] = entries[e].value;
+    }
+    WholeScale scales[2];
+    for (size_t t = 0; t < 2; ++t) {
+      int8_t* const lower = w.values_8_bits ? nullptr : low.data() + t * kUnitRows;
+      scales[t] = kernel.round_unit(values.data() + t * kUnitRows, high.data() + t * kUnitRows, lower);
+      Require(scales[t].exact, "%s: round_unit of finite values", kernels.target);
+    }
+    const WholeUnit both{high.data(), w.values_8_bits ? nullptr : low.data(), scales, 2};
+    kernel.add_dots(both, rows, kChannels, w, {0, w.columns}, sums.data(), w.columns);
+    values[3] = first % 64 == 0 ? NAN : INFINITY;
+    Require(!kernel.round_unit(values.data(), high.data(), nullptr).exact, "%s: round_unit of NaN", kernels.target);
+  }
+  for (size_t n = 0; n < w.columns; ++n) {
+    Require(sums[n] == 1.0f && expected.Holds(n, sums[w.columns + n]), "%s: add_dots, %zu rows, column %zu of %zu",
+            kernels.target, entries.size(), n, w.columns);
+  }
+}
+
 template <class W>
 void TestProduct(const Kernels& kernels, const W& w, double rounding) {
   static size_t turn = 0;
   Exact<Entry> entries = DrawEntries(kCounts[turn++ % std::size(kCounts)]);
   TestRows(kernels, w, entries, Expected(w, entries, rounding));
   TestPanels(kernels, w, entries, Expected(w, entries, 0));
+  TestDots(kernels, w, entries, Expected(w, entries, rounding));
 }
 
 template <class T>

@@ -97,6 +97,24 @@ struct BlockWeight {
   size_t RowBytes() const { return kBits == 4 ? (columns + 31) / 32 * 16 : columns; }
 };
 
+// Rows of W that several tokens multiply with at once.
+constexpr size_t kUnitRows = 32;
+
+// Whole numbers stand for the values of a token in a unit of rows, step * whole; they add up to `sum`. Values that have no
+// such numbers (not finite, or too small to have a step) are not exact and stand as 0.
+struct WholeScale {
+  float step;
+  int32_t sum;
+  bool exact;
+};
+
+// Those of every token in a unit of rows: 256 high + low, or high where `low` is nullptr.
+struct WholeUnit {
+  const int8_t *high, *low;   // [tokens][kUnitRows], 0 where the token does not keep the channel
+  const WholeScale* scales;  // [tokens]
+  size_t tokens;
+};
+
 // Kernels that multiply with a W, in the columns [columns.begin, columns.end); begin is a multiple of 64 for
 // add_rows and of 16 for copy_panel.
 template <class W>
@@ -107,8 +125,12 @@ struct MatMulKernels {
                    float* y);
   // Copies the rows `rows` of W to `panel`, as floats in rows of PanelKernels::columns, filled up with zeros.
   void (*copy_panel)(const W& w, Span rows, Span columns, float* panel);
-  // Whether add_rows has dot products of bytes, which panels of floats do not.
-  bool dots = false;
+  // Where the CPU has dot products of bytes, else nullptr. The first rounds kUnitRows values, to 8 bits where `low` is
+  // nullptr. The second, of rows of one block: y[t * stride + n - columns.begin] += the product of token t with them; the
+  // next rows of all `channels` are fetched meanwhile.
+  WholeScale (*round_unit)(const float* values, int8_t* high, int8_t* low) = nullptr;
+  void (*add_dots)(const WholeUnit& x, Span rows, size_t channels, const W& w, Span columns, float* y,
+                   size_t stride) = nullptr;
 };
 
 struct PanelKernels {

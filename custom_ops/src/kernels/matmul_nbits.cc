@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "kernels/portable.h"
 #include "kernels/tables.h"
@@ -195,6 +196,101 @@ void AddRows(const Entry* entries, size_t count, const Entry* next, size_t next_
   }
 }
 
+#if HWY_TARGET == HWY_AVX3
+
+WholeScale RoundUnit(const float* values, int8_t* high, int8_t* low) {
+  const float max_whole = low ? kMaxWhole16 : kMaxWhole8;
+  const hn::Full512<float> d;
+  const hn::RebindToSigned<decltype(d)> di;
+  const hn::Rebind<int8_t, decltype(d)> d8;
+  static_assert(kUnitRows == 32, "two vectors");
+  const auto first = hn::LoadU(d, values), second = hn::LoadU(d, values + 16);
+  // As whole numbers magnitudes are in the order of the values, NaN last.
+  const auto largest = hn::Max(hn::BitCast(di, hn::Abs(first)), hn::BitCast(di, hn::Abs(second)));
+  const float most = hn::GetLane(hn::BitCast(d, hn::MaxOfLanes(di, largest)));
+  const float steps = most == 0.0f ? 0.0f : max_whole / most;
+  if (!std::isfinite(most) || !std::isfinite(steps)) return {0.0f, 0, false};  // the numbers are 0 already
+  auto sum = hn::Zero(di);
+  const auto store = [&](auto value, size_t at) {
+    const auto whole = hn::NearestInt(hn::Mul(value, hn::Set(d, steps)));
+    sum = hn::Add(sum, whole);
+    const auto lower = low ? hn::ShiftRight<24>(hn::ShiftLeft<24>(whole)) : hn::Zero(di);
+    const auto upper = low ? hn::ShiftRight<8>(hn::Sub(whole, lower)) : whole;
+    hn::StoreU(hn::DemoteTo(d8, upper), d8, high + at);
+    if (low) hn::StoreU(hn::DemoteTo(d8, lower), d8, low + at);
+  };
+  store(first, 0);
+  store(second, 16);
+  return {most / max_whole, hn::GetLane(hn::SumOfLanes(di, sum)), true};
+}
+
+// One step of columns of a unit of rows for every token; `rows` point at its bytes.
+template <class F, bool kZeros>
+HWY_INLINE void AddUnitStep(const WholeUnit& x, const uint8_t* const* rows, size_t offset, size_t sets,
+                            const Scales<float>& block, float* y, size_t stride) {
+  Interleaved<F> taken;
+  taken.Take(rows, offset, sets);
+  for (size_t t = 0; t < x.tokens; ++t) {
+    const int8_t* const low = F::kLow ? x.low + t * kUnitRows : nullptr;
+    AddToken<F, kZeros>(taken, x.high + t * kUnitRows, low, x.scales[t], sets, block, y + t * stride);
+  }
+}
+
+// The same of fewer columns than a step has, on copies that have them all.
+template <class F, bool kZeros>
+void AddUnitRest(const WholeUnit& x, const uint8_t* const* rows, size_t offset, size_t bytes, size_t sets,
+                 const Scales<float>& block, size_t count, float* y, size_t stride) {
+  constexpr size_t kStep = F::kColumns;
+  uint8_t ends[kUnitRows][kStep * F::kBits / 8] = {};
+  const uint8_t* copies[kUnitRows];
+  float scales[kStep] = {}, zeros[kStep] = {};
+  for (size_t r = 0; r < 4 * sets; ++r) {
+    std::copy(rows[r] + offset, rows[r] + offset + bytes, ends[r]);
+    copies[r] = ends[r];
+  }
+  std::copy(block.scales, block.scales + count, scales);
+  if (kZeros) std::copy(block.zeros, block.zeros + count, zeros);
+  std::vector<float> sums(x.tokens * kStep);
+  for (size_t t = 0; t < x.tokens; ++t) std::copy(y + t * stride, y + t * stride + count, sums.data() + t * kStep);
+  AddUnitStep<F, kZeros>(x, copies, 0, sets, {scales, zeros}, sums.data(), kStep);
+  for (size_t t = 0; t < x.tokens; ++t) std::copy_n(sums.data() + t * kStep, count, y + t * stride);
+}
+
+template <class F, bool kZeros>
+void AddUnit(const WholeUnit& x, Span rows, size_t channels, const BlockWeight<F::kBits>& w, Span columns, float* y,
+             size_t stride) {
+  constexpr size_t kStep = F::kColumns;
+  const size_t block = rows.begin / w.block_rows * w.columns, sets = (rows.size() + 3) / 4, row_bytes = w.RowBytes();
+  const uint8_t* pointers[kUnitRows];
+  for (size_t r = 0; r < 4 * sets; ++r) pointers[r] = w.data + std::min(rows.begin + r, rows.end - 1) * row_bytes;
+  const size_t ahead = rows.end < channels ? std::min(rows.size(), channels - rows.end) : 0;
+  const size_t to_next = rows.size() * row_bytes;
+  float scales[kStep], zeros[kStep];
+  for (size_t begin = columns.begin; begin < columns.end; begin += kStep, y += kStep) {
+    const size_t count = std::min(kStep, columns.end - begin), offset = begin * F::kBits / 8;
+    for (size_t r = 0; r < ahead; ++r) Fetch(pointers[r] + to_next + offset);
+    const float* scale = AsFloats(w.scales, w.scale_type, block + begin, count, scales);
+    const float* zero = kZeros ? AsFloats(w.zeros, w.zero_type, block + begin, count, zeros) : nullptr;
+    if (count == kStep) {
+      AddUnitStep<F, kZeros>(x, pointers, offset, sets, {scale, zero}, y, stride);
+    } else {
+      AddUnitRest<F, kZeros>(x, pointers, offset, row_bytes - offset, sets, {scale, zero}, count, y, stride);
+    }
+  }
+}
+
+template <int kBits>
+void AddDotsOf(const WholeUnit& x, Span rows, size_t channels, const BlockWeight<kBits>& w, Span columns, float* y,
+               size_t stride) {
+  using High = Form<kBits, false, true>;
+  using Both = Form<kBits, true, true>;
+  const bool zeros = w.zero_type != Number::kNone;
+  if (x.low) return (zeros ? AddUnit<Both, true> : AddUnit<Both, false>)(x, rows, channels, w, columns, y, stride);
+  (zeros ? AddUnit<High, true> : AddUnit<High, false>)(x, rows, channels, w, columns, y, stride);
+}
+
+#endif
+
 }  // namespace
 
 MatMulKernels<BlockWeight<8>> MatMulTableInt8() { return {AddRows<8, false>, CopyPanel<8>}; }
@@ -202,9 +298,9 @@ MatMulKernels<BlockWeight<8>> MatMulTableInt8() { return {AddRows<8, false>, Cop
 MatMulKernels<BlockWeight<4>> MatMulTableInt4() { return {AddRows<4, false>, CopyPanel<4>}; }
 
 #if HWY_TARGET == HWY_AVX3
-MatMulKernels<BlockWeight<8>> MatMulTableVnniInt8() { return {AddRows<8, true>, CopyPanel<8>, true}; }
+MatMulKernels<BlockWeight<8>> MatMulTableVnniInt8() { return {AddRows<8, true>, CopyPanel<8>, RoundUnit, AddDotsOf<8>}; }
 
-MatMulKernels<BlockWeight<4>> MatMulTableVnniInt4() { return {AddRows<4, true>, CopyPanel<4>, true}; }
+MatMulKernels<BlockWeight<4>> MatMulTableVnniInt4() { return {AddRows<4, true>, CopyPanel<4>, RoundUnit, AddDotsOf<4>}; }
 #endif
 
 }  // namespace HWY_NAMESPACE

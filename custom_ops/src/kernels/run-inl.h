@@ -75,8 +75,8 @@ HWY_INLINE hn::Vec<D> LoadScale(D d, const Half* p) {
 }
 
 // y += scale * (step * whole - sum * zero) of one vector of columns; without zeros, `whole` contains theirs.
-template <bool kZeros, class V, class S>
-HWY_INLINE void Flush(V whole, const Run& run, const Scales<S>& block, size_t n, float* y) {
+template <bool kZeros, class V, class R, class S>
+HWY_INLINE void Flush(V whole, const R& run, const Scales<S>& block, size_t n, float* y) {
   const hn::RebindToFloat<hn::DFromV<V>> d;
   auto sums = hn::Mul(hn::Set(d, run.step), hn::ConvertTo(d, whole));
   if constexpr (kZeros) sums = hn::NegMulAdd(hn::Set(d, run.sum), hn::LoadU(d, block.zeros + n), sums);
@@ -167,6 +167,77 @@ HWY_INLINE void AddStep(const Run& run, size_t offset, const Scales<S>& block, s
   }
   const __m512i start = _mm512_set1_epi32(-128 * run.whole_sum);
   for (size_t i = 0; i < 4; ++i) Flush<kZeros>(Join<kLow>(high[i], low[i], start), run, block, n + 16 * i, y);
+}
+
+constexpr size_t kSets = kUnitRows / 4;
+
+// A step of columns of a unit of rows, interleaved: vectors of 16 columns, of 4 rows each.
+template <class F>
+struct Interleaved {
+  static constexpr size_t kVectors = F::kColumns / 16;
+  alignas(64) uint8_t bytes[kSets][kVectors][64];
+
+  HWY_INLINE void Take(const uint8_t* const* rows, size_t offset, size_t sets) {
+    const __m512i mask = _mm512_set1_epi8(15), flip = _mm512_set1_epi8(static_cast<char>(0x80));
+    for (size_t s = 0; s < sets; ++s) {
+      __m512i taken[4];
+      Interleave(rows + 4 * s, offset, taken);
+      for (size_t i = 0; i < 4; ++i) {
+        if constexpr (F::kBits == 8) {
+          _mm512_store_si512(bytes[s][i], _mm512_xor_si512(taken[i], flip));
+        } else {
+          _mm512_store_si512(bytes[s][2 * i], _mm512_and_si512(taken[i], mask));
+          _mm512_store_si512(bytes[s][2 * i + 1], _mm512_and_si512(_mm512_srli_epi16(taken[i], 4), mask));
+        }
+      }
+    }
+  }
+};
+
+// What Flush wants to know of a token.
+struct Scaled {
+  float step, sum;
+};
+
+// Vectors of sums, one by one: compilers leave an array of so many in memory.
+template <size_t kCount, bool kLow>
+struct Sums {
+  __m512i high, low;
+  Sums<kCount - 1, kLow> others;
+
+  HWY_INLINE void Clear() {
+    high = low = _mm512_setzero_si512();
+    if constexpr (kCount > 1) others.Clear();
+  }
+
+  HWY_INLINE void Add(const uint8_t (*bytes)[64], __m512i by_high, __m512i by_low) {
+    const __m512i first = _mm512_load_si512(*bytes);
+    AddDots(high, first, by_high);
+    if constexpr (kLow) AddDots(low, first, by_low);
+    if constexpr (kCount > 1) others.Add(bytes + 1, by_high, by_low);
+  }
+
+  template <bool kZeros>
+  HWY_INLINE void Store(__m512i start, const Scaled& token, const Scales<float>& block, size_t n, float* y) const {
+    Flush<kZeros>(Join<kLow>(high, low, start), token, block, n, y);
+    if constexpr (kCount > 1) others.template Store<kZeros>(start, token, block, n + 16, y);
+  }
+};
+template <bool kLow>
+struct Sums<0, kLow> {};
+
+template <class F, bool kZeros>
+HWY_INLINE void AddToken(const Interleaved<F>& w, const int8_t* high, const int8_t* low, const WholeScale& scale,
+                         size_t sets, const Scales<float>& block, float* y) {
+  Sums<Interleaved<F>::kVectors, F::kLow> sums;
+  sums.Clear();
+  for (size_t s = 0; s < sets; ++s) {
+    const __m512i by_high = Everywhere(high + 4 * s), by_low = F::kLow ? Everywhere(low + 4 * s) : by_high;
+    sums.Add(w.bytes[s], by_high, by_low);
+  }
+  const Scaled token{scale.step, scale.step * static_cast<float>(scale.sum)};
+  const __m512i start = _mm512_set1_epi32(F::kBits == 8 ? -128 * scale.sum : kZeros ? 0 : -8 * scale.sum);
+  sums.template Store<kZeros>(start, token, block, 0, y);
 }
 
 #endif
