@@ -27,7 +27,7 @@ from rich.console import Console
 from nmonnx.bench import machine
 from nmonnx.bench.rounds import median_interval, paired
 from nmonnx.pattern import Pattern
-from nmonnx.report import Report, show, table, write
+from nmonnx.report import Report, Table, show, table, write
 
 COLD_BYTES = 160 << 20
 """Of the weights of a session."""
@@ -103,6 +103,7 @@ def whole(
             pruned += [_whole_prune(k, n, count, rounds, tokens) for tokens in (1, 64)]
     beyond = [[*row, "1.50", "1.10"] for row in _prunes([2048], [Pattern(8, 16)], [16384], rounds, 1)]
     tables = (
+        *_by_size(rows),
         table("Products", (*HEAD, "bound", "must", "aim", "holds"), rows),
         table("Prune alone, then the dense product", (*HEAD, "must", "aim"), pruned),
         table("NMPrune and a copy of a tensor larger than the cache", (*_PRUNE_HEAD, "must", "aim"), beyond),
@@ -188,6 +189,25 @@ def _targets(
             bound = Layers(k, n, form, 1).read_bytes(pattern) / bandwidth / float(np.median(times[:, 0]))
             row = _row(form, k, n, str(pattern), tokens, threads, times)
             yield [*row, f"{bound:.2f}" if tokens == 1 else "", f"{must:.2f}", f"{aim:.2f}", _holds(ratio, must, aim)]
+
+
+def _by_size(rows: Sequence[Sequence[str]]) -> Iterator[Table]:
+    """The ratios with the sizes side by side, a table for each number of threads; of one token with the bound."""
+    sizes = list(dict.fromkeys(row[1] for row in rows))
+    for threads in dict.fromkeys(row[4] for row in rows):
+        cells: dict[tuple[str, ...], dict[str, str]] = {}
+        for row in (row for row in rows if row[4] == threads):
+            bound = f" ({row[9]})" if row[9] else ""
+            cells.setdefault((row[0], row[2], row[3], *row[10:12]), {})[row[1]] = row[7] + bound
+        lines = [
+            [form, pattern, tokens, *(found.get(size, "") for size in sizes), must, aim]
+            for (form, pattern, tokens, must, aim), found in cells.items()
+        ]
+        yield table(
+            f"Sparse over dense, {threads} thread(s); in brackets the bound",
+            ("weights", "pattern", "T", *sizes, "must", "aim"),
+            lines,
+        )
 
 
 def _holds(ratio: float, must: float, aim: float) -> str:
