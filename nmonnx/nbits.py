@@ -79,6 +79,12 @@ def in_form(weight: np.ndarray, form: str) -> Quantised | Half:
     return Half(half)
 
 
+def relative_norm(gap: np.ndarray, of: np.ndarray) -> float:
+    """|gap| / |of|, Frobenius norms; 0 for a weight of zeros."""
+    size = float(np.linalg.norm(of))
+    return float(np.linalg.norm(gap)) / size if size else 0.0
+
+
 def along(rows: np.ndarray, block_size: int, channels: int) -> np.ndarray:
     """A row for each block [blocks, N] -> float32, one for each channel [K, N], or [1, N] where one block has all."""
     wide = rows.astype(np.float32)

@@ -155,9 +155,7 @@ class _Fold:
     def _weight_place(self, site: Site, node: gs.Node, correction: Correction) -> Place | str | None:
         """None when no weight is to be replaced."""
         if correction.weight is None and correction.low is None:
-            if correction.scale is None:
-                return None
-            if node.op == "NMMatMulNBits":
+            if correction.scale is None or node.op == "NMMatMulNBits":
                 return None
             if node.op == "MatMulNBits":
                 known = node.inputs[2].name in self.stored

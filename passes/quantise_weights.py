@@ -11,7 +11,7 @@ from onnx import TensorProto
 
 from nmonnx.digest import array_sha256
 from nmonnx.errors import InputError
-from nmonnx.nbits import BITS, BLOCK_SIZE, Quantised, in_form
+from nmonnx.nbits import BITS, BLOCK_SIZE, Quantised, in_form, relative_norm
 from nmonnx.onnx_file.graph import Model, NewWeight
 from nmonnx.passes.bodies import FUSED, INPUTS
 from nmonnx.passes.fuse_matmul import inputs_of
@@ -123,9 +123,3 @@ class _Quantise:
         for slot, tensor in tensors.items():
             self.model.declared[tensor.name] = {"input": slot, "sha256": array_sha256(kept[slot]), "from": replaced}
         return tensors, told
-
-
-def relative_norm(gap: np.ndarray, of: np.ndarray) -> float:
-    """|gap| / |of|, Frobenius norms; 0 for a weight of zeros."""
-    size = float(np.linalg.norm(of))
-    return float(np.linalg.norm(gap)) / size if size else 0.0

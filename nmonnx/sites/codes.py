@@ -57,12 +57,11 @@ class Packed:
             return None, f"its scales are {type_name(self.scales.elem)}"
         if zeros is not None and zeros.elem not in (TensorProto.UINT8, self.scales.elem):
             return None, f"its zero points are {type_name(zeros.elem)}"
-        sources = {"W": self.codes, "scales": self.scales, "zeros": zeros}
         return FusableCodes(
             self.bits,
             self.block,
             stored.tensor,
-            {name: constant.name for name, constant in sources.items() if constant is not None},
+            _sources(self.codes, self.scales, zeros),
             self._codes,
             lambda: np.ascontiguousarray(self.scales.read().reshape(self.n, -1).T),
             self._zeros,
@@ -107,12 +106,11 @@ class Plain:
             return None, f"its codes are {type_name(self.codes.elem)}; NMMatMulNBits takes 4 and 8 bits"
         if self.scale.elem not in _SCALES:
             return None, f"its scales are {type_name(self.scale.elem)}"
-        sources = {"W": self.codes, "scales": self.scale, "zeros": self.zero}
         return FusableCodes(
             _FORMS[self.codes.elem][0],
             self.block,
             stored.tensor,
-            {name: constant.name for name, constant in sources.items() if constant is not None},
+            _sources(self.codes, self.scale, self.zero),
             self._codes,
             lambda: self._rows(self.scale.read()),
             self._zeros,
@@ -151,6 +149,11 @@ def dequantised(how: Dequantised, transposed: bool) -> Fusing:
         return None, "its scales are one a block of columns"
     shape = partial(_seen, swapped=swapped)
     return Plain(k, n, how.codes, how.scale, how.zero, swapped, shape, each).fusing()
+
+
+def _sources(codes: Constant, scales: Constant, zeros: Constant | None) -> dict[str, str]:
+    """Names of what the inputs of the op are made of."""
+    return {"W": codes.name, "scales": scales.name, **({"zeros": zeros.name} if zeros is not None else {})}
 
 
 def _seen(values: np.ndarray, swapped: bool) -> np.ndarray:

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from nmonnx.errors import InputError
-from nmonnx.nbits import BITS, Quantised
+from nmonnx.nbits import BITS, Quantised, relative_norm
 from nmonnx.passes.bodies import FUSED
 from nmonnx.sites import Site
 from nmonnx.validate.claims import Claim
 from nmonnx.validate.pair import Pair
 from nmonnx.validate.result import Check, counted
 
+_PARTS = ("W", "scales", "zeros")
 _SAME_ERROR = 1e-3
 """Relative difference of two measurements of one error, of sums in another order."""
 
@@ -24,21 +25,26 @@ def check_stored_weights(pair: Pair, sites: Sequence[Site]) -> list[Check]:
        before is measured with the correction instead, where that is given.
     """
     by_name = {site.name: site for site in sites}
-    packed, rounded = [], []
+    packed: list[list[str]] = []
+    rounded: list[list[str]] = []
     for claim in pair.claims.pruned:
-        key = own_weight(pair, claim) if claim.kernel in FUSED else None
+        own = own_weight(pair, claim) if claim.kernel in FUSED else None
         site = by_name.get(claim.name)
-        if key is None or site is None or claim.name in pair.claims.fitted:
+        if own is None or site is None or claim.name in pair.claims.fitted:
             continue
         if claim.weights:
-            rounded.append((claim, site))
+            rounded.append([f"{claim.name!r}: {fault}" for fault in _faults(own, site, claim)])
         elif claim.kernel == "NMMatMulNBits":
-            packed.append((claim, site))
-    faults = [fault for claim, site in packed for fault in _faults_of_packed(pair, claim, site)]
-    checks = [counted("packed weights are worth what they were", len(packed), faults, "weights, bit for bit")]
-    faults = [fault for claim, site in rounded for fault in _faults_of_rounded(pair, claim, site)]
-    checks.append(counted("rounded weights are as close as recorded", len(rounded), faults, "weights"))
-    return [check for check, measured in zip(checks, (packed, rounded), strict=True) if measured]
+            packed.append([f"{claim.name!r}: {fault}" for fault in _faults(own, site, claim)])
+    named = (
+        ("packed weights are worth what they were", "weights, bit for bit", packed),
+        ("rounded weights are as close as recorded", "weights", rounded),
+    )
+    return [
+        counted(name, len(each), [fault for faults in each for fault in faults], what)
+        for name, what, each in named
+        if each
+    ]
 
 
 def own_weight(pair: Pair, claim: Claim) -> Quantised | np.ndarray | None:
@@ -60,40 +66,27 @@ def own_weight(pair: Pair, claim: Claim) -> Quantised | np.ndarray | None:
     return Quantised(options.get("bits", 0), options.get("block_size", 0), found["W"], scales, found.get("zeros"))
 
 
-_PARTS = ("W", "scales", "zeros")
-
-
-def _faults_of_packed(pair: Pair, claim: Claim, site: Site) -> Iterator[str]:
+def _faults(own: Quantised | np.ndarray, site: Site, claim: Claim) -> Iterator[str]:
     try:
-        made, want = values_of(own_weight(pair, claim)), site.weight()
-    except (InputError, ValueError, KeyError, IndexError) as e:
-        yield f"{claim.name!r}: its weight cannot be read: {e}"
-        return
-    if made.shape != want.shape or not np.array_equal(made, want, equal_nan=True):
-        yield f"{claim.name!r}: its packed weight is not that of the original"
-
-
-def _faults_of_rounded(pair: Pair, claim: Claim, site: Site) -> Iterator[str]:
-    try:
-        own = own_weight(pair, claim)
         made, want = values_of(own), site.weight()
     except (InputError, ValueError, KeyError, IndexError) as e:
-        yield f"{claim.name!r}: its weight cannot be read: {e}"
+        yield f"its weight cannot be read: {e}"
         return
     bits = own.bits if isinstance(own, Quantised) else 0
-    if bits != BITS.get(claim.weights, 0):
-        yield f"{claim.name!r}: is recorded as {claim.weights} but stored with {bits or 'floating-point'} bits"
+    if not claim.weights:
+        if made.shape != want.shape or not np.array_equal(made, want, equal_nan=True):
+            yield "its packed weight is not that of the original"
+    elif bits != BITS.get(claim.weights, 0):
+        yield f"is recorded as {claim.weights} but stored with {bits or 'floating-point'} bits"
     elif made.shape != want.shape:
-        yield f"{claim.name!r}: its weight has shape {list(made.shape)}, not {list(want.shape)}"
+        yield f"its weight has shape {list(made.shape)}, not {list(want.shape)}"
     else:
-        size = float(np.linalg.norm(want))
-        error = float(np.linalg.norm(made - want)) / size if size else 0.0
+        error = relative_norm(made - want, want)
         recorded = claim.weight_error if claim.weight_error is not None else -1.0
         if abs(error - recorded) > _SAME_ERROR * recorded:
-            yield f"{claim.name!r}: its weight differs by {error:.4g}, not by {recorded:.4g} as recorded"
+            yield f"its weight differs by {error:.4g}, not by {recorded:.4g} as recorded"
 
 
-def values_of(weight: Quantised | np.ndarray | None) -> np.ndarray:
+def values_of(weight: Quantised | np.ndarray) -> np.ndarray:
     """float32 [K, N]."""
-    assert weight is not None
     return weight.values() if isinstance(weight, Quantised) else weight.astype(np.float32)
