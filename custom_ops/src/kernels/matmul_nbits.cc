@@ -53,40 +53,55 @@ void AddRest(const Run& run, size_t offset, size_t bytes, const Scales<S>& block
   std::copy(sums, sums + count, y + n);
 }
 
-// The values as whole numbers; false where they are no finite numbers, or too small to have a step.
-bool Quantise(const Entry* entries, size_t length, bool to_8_bits, Run& run) {
+// Values as whole numbers: their step, and what the high and the low bytes add up to.
+struct Rounded {
+  float step;
+  int32_t high_sum, low_sum;
+  bool exact;  // false where they are no finite numbers, or too small to have a step; then nothing is stored
+
+  int32_t Sum(bool to_8_bits) const { return to_8_bits ? high_sum : 256 * high_sum + low_sum; }
+};
+
+template <size_t kCount>
+Rounded Round(const float* values, bool to_8_bits, int16_t* whole_numbers, int8_t* highs, int8_t* lows) {
   const float max_whole = to_8_bits ? kMaxWhole8 : kMaxWhole16;
   const D4 d;
   const DI4 di;
-  float values[kRunRows] = {};
-  for (size_t r = 0; r < length; ++r) values[r] = entries[r].value;
   V4 largest = hn::Zero(d);
-  for (size_t r = 0; r < kRunRows; r += hn::Lanes(d)) {
-    const V4 value = hn::LoadU(d, values + r);
-    const auto bits = hn::BitCast(di, hn::Abs(value));  // as whole numbers they are in the order of the values, NaN last
+  for (size_t r = 0; r < kCount; r += hn::Lanes(d)) {
+    const auto bits = hn::BitCast(di, hn::Abs(hn::LoadU(d, values + r)));
+    // as whole numbers they are in the order of the values, NaN last
     largest = hn::BitCast(d, hn::Max(hn::BitCast(di, largest), bits));
   }
   const float most = hn::GetLane(hn::BitCast(d, hn::MaxOfLanes(di, hn::BitCast(di, largest))));
   const float steps = most == 0.0f ? 0.0f : max_whole / most;
-  if (!std::isfinite(most) || !std::isfinite(steps)) return false;
+  if (!std::isfinite(most) || !std::isfinite(steps)) return {0.0f, 0, 0, false};
   const hn::Rebind<int16_t, D4> d16;
   const hn::Rebind<int8_t, D4> d8;
   auto high_sum = hn::Zero(di), low_sum = hn::Zero(di);
-  for (size_t r = 0; r < kRunRows; r += hn::Lanes(d)) {
+  for (size_t r = 0; r < kCount; r += hn::Lanes(d)) {
     const auto whole = hn::NearestInt(hn::Mul(hn::LoadU(d, values + r), hn::Set(d, steps)));
     const auto low = to_8_bits ? hn::Zero(di) : hn::ShiftRight<24>(hn::ShiftLeft<24>(whole));
     const auto high = to_8_bits ? whole : hn::ShiftRight<8>(hn::Sub(whole, low));
-    hn::StoreU(hn::DemoteTo(d16, whole), d16, run.whole + r);
-    hn::StoreU(hn::DemoteTo(d8, low), d8, run.low + r);
-    hn::StoreU(hn::DemoteTo(d8, high), d8, run.high + r);
+    if (whole_numbers) hn::StoreU(hn::DemoteTo(d16, whole), d16, whole_numbers + r);
+    hn::StoreU(hn::DemoteTo(d8, high), d8, highs + r);
+    if (lows) hn::StoreU(hn::DemoteTo(d8, low), d8, lows + r);
     high_sum = hn::Add(high_sum, high);
     low_sum = hn::Add(low_sum, low);
   }
-  const int32_t of_high = hn::GetLane(hn::SumOfLanes(di, high_sum)), of_low = hn::GetLane(hn::SumOfLanes(di, low_sum));
-  run.whole_sum = to_8_bits ? of_high : 256 * of_high + of_low;
-  run.start_high = static_cast<int16_t>(-8 * of_high);
-  run.start_low = static_cast<int16_t>(-8 * of_low);
-  run.step = most / max_whole;
+  return {most / max_whole, hn::GetLane(hn::SumOfLanes(di, high_sum)), hn::GetLane(hn::SumOfLanes(di, low_sum)), true};
+}
+
+// The values of a run; false where they are not exact.
+bool Quantise(const Entry* entries, size_t length, bool to_8_bits, Run& run) {
+  float values[kRunRows] = {};
+  for (size_t r = 0; r < length; ++r) values[r] = entries[r].value;
+  const Rounded rounded = Round<kRunRows>(values, to_8_bits, run.whole, run.high, run.low);
+  if (!rounded.exact) return false;
+  run.whole_sum = rounded.Sum(to_8_bits);
+  run.start_high = static_cast<int16_t>(-8 * rounded.high_sum);
+  run.start_low = static_cast<int16_t>(-8 * rounded.low_sum);
+  run.step = rounded.step;
   run.sum = run.step * static_cast<float>(run.whole_sum);
   return true;
 }
@@ -199,29 +214,8 @@ void AddRows(const Entry* entries, size_t count, const Entry* next, size_t next_
 #if HWY_TARGET == HWY_AVX3
 
 WholeScale RoundUnit(const float* values, int8_t* high, int8_t* low) {
-  const float max_whole = low ? kMaxWhole16 : kMaxWhole8;
-  const hn::Full512<float> d;
-  const hn::RebindToSigned<decltype(d)> di;
-  const hn::Rebind<int8_t, decltype(d)> d8;
-  static_assert(kUnitRows == 32, "two vectors");
-  const auto first = hn::LoadU(d, values), second = hn::LoadU(d, values + 16);
-  // As whole numbers magnitudes are in the order of the values, NaN last.
-  const auto largest = hn::Max(hn::BitCast(di, hn::Abs(first)), hn::BitCast(di, hn::Abs(second)));
-  const float most = hn::GetLane(hn::BitCast(d, hn::MaxOfLanes(di, largest)));
-  const float steps = most == 0.0f ? 0.0f : max_whole / most;
-  if (!std::isfinite(most) || !std::isfinite(steps)) return {0.0f, 0, false};  // the numbers are 0 already
-  auto sum = hn::Zero(di);
-  const auto store = [&](auto value, size_t at) {
-    const auto whole = hn::NearestInt(hn::Mul(value, hn::Set(d, steps)));
-    sum = hn::Add(sum, whole);
-    const auto lower = low ? hn::ShiftRight<24>(hn::ShiftLeft<24>(whole)) : hn::Zero(di);
-    const auto upper = low ? hn::ShiftRight<8>(hn::Sub(whole, lower)) : whole;
-    hn::StoreU(hn::DemoteTo(d8, upper), d8, high + at);
-    if (low) hn::StoreU(hn::DemoteTo(d8, lower), d8, low + at);
-  };
-  store(first, 0);
-  store(second, 16);
-  return {most / max_whole, hn::GetLane(hn::SumOfLanes(di, sum)), true};
+  const Rounded rounded = Round<kUnitRows>(values, !low, nullptr, high, low);
+  return {rounded.step, rounded.Sum(!low), rounded.exact};
 }
 
 // One step of columns of a unit of rows for every token; `rows` point at its bytes.
